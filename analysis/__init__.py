@@ -1,0 +1,1 @@
+"""Studies of training dynamics: linearity, quadratic models, catapults and AGOP."""
