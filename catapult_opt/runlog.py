@@ -320,9 +320,9 @@ _REQUIRED_IF_MEASURED: Final = ("lambda_max", "super_critical")
 class RunLogWriter:
     """Appends a run's records to its log, and never stands in the way of the training.
 
-    A write that fails gives one :class:`RunLogWarning`; from then on ``failed`` is true and records are ignored, as they
-    are before :meth:`start` and after :meth:`close`. A copy (``deepcopy``, pickle) is a writer not started: it does not
-    write into the original's log.
+    A write that fails gives one :class:`RunLogWarning`; from then on ``failed`` is true and records are ignored, as
+    they are before :meth:`start` and after :meth:`close`. A copy (``deepcopy``, pickle) is a writer not started: it
+    does not write into the original's log.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -1,0 +1,276 @@
+"""The command line: ``catapult-opt report``, ``catapult-opt plot``.
+
+Only the run log and the report are imported here, matplotlib when it is needed and torch not at all, so that looking
+at a running training is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from catapult_opt import __version__
+from catapult_opt import report as reports
+from catapult_opt.runlog import FORMAT, RunLog, RunLogError, read_log
+
+__all__ = ["main"]
+
+_EXAMPLES = """\
+examples:
+  catapult-opt report run.jsonl                 one run
+  catapult-opt report runs/ --sort best         every run log below a folder
+  catapult-opt report runs/ --watch             while training; Ctrl-C ends it
+  catapult-opt report runs/ --json | jq '.[].catapults'
+  catapult-opt plot runs/batch_5.jsonl -o batch_5.png
+
+A run log is what CatapultSGD, CatapultLR and CatapultMonitor write when given log="run.jsonl".
+"""
+
+_REPORT = """\
+A table with a row per run: super-critical steps, catapults, collapses, match
+rate, curvature, best validation. Under it, per run, the loss and lambda_max
+over the steps, with the catapults marked.
+"""
+
+_REPORT_EPILOG = """\
+keys to sort by:
+  {keys}
+
+In JSON, a figure that the log does not tell is null, and NaN and the
+infinities are the strings "NaN", "Infinity" and "-Infinity".
+
+exit status: 0, or 2 if a log could not be read (the others are reported all
+the same); a log that was cut off is reported as far as it goes.
+"""
+
+_PLOT = """\
+Loss, learning rate against the critical one, and lambda_max over the steps;
+super-critical steps are shaded, catapults marked.
+Needs matplotlib: pip install 'catapult_opt[plot]'.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parser().parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot spell is no reason to fail
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        status = int(options.run(options))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit complains
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="catapult-opt",
+        description="Look at training runs: their critical learning rates and their catapults.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"catapult-opt {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_report(commands)
+    _add_plot(commands)
+    return parser
+
+
+def _add_report(commands: Any) -> None:
+    keys = "\n  ".join(textwrap.wrap(", ".join(reports.SORT_KEYS), 76))
+    command = commands.add_parser(
+        "report",
+        help="a table of runs, with a sparkline each",
+        description=_REPORT,
+        epilog=_REPORT_EPILOG.format(keys=keys),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_runs(command)
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print a JSON list, an object per run")
+    form.add_argument("--csv", action="store_true", help="print comma-separated values, a line per run")
+    form.add_argument(
+        "--watch",
+        metavar="SECONDS",
+        type=_seconds,
+        nargs="?",
+        const=2.0,
+        help="keep the report up to date, every 2 seconds if not given",
+    )
+    command.add_argument(
+        "--sort", metavar="KEY", choices=list(reports.SORT_KEYS), help="sort the runs by a key, see below"
+    )
+    command.add_argument("--reverse", action="store_true", help="sort in descending order")
+    command.set_defaults(run=_report)
+
+
+def _add_plot(commands: Any) -> None:
+    command = commands.add_parser(
+        "plot",
+        help="loss, rates and curvature of runs as a picture",
+        description=_PLOT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_runs(command)
+    command.add_argument(
+        "-o", "--output", metavar="FILE", help="picture to write, its suffix says the format (default: RUN.png)"
+    )
+    command.set_defaults(run=_plot)
+
+
+def _add_runs(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="a run log, or a folder with run logs (*.jsonl) at any depth"
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds: --watch goes after the runs") from None
+    if not 0.05 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0.05 and 86400 seconds")
+    return seconds
+
+
+# ------------------------------------------------------------------------------------------------------------ finding
+
+
+def _find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The run logs meant by ``paths``, each once and in order, and what is wrong with the paths."""
+    found: dict[str, Path] = {}
+    problems = []
+    for path in paths:
+        files = sorted(_search(path), key=lambda file: reports.natural(str(file))) if path.is_dir() else [path]
+        if not files:
+            problems.append(f"{path}: no run logs (*.jsonl) in this folder")
+        for file in files:
+            found.setdefault(os.path.realpath(file), file)
+    return list(found.values()), problems
+
+
+def _search(folder: Path) -> Iterator[Path]:
+    for root, _, names in os.walk(folder):
+        yield from (path for name in names if name.endswith(".jsonl") and _looks_like_a_log(path := Path(root, name)))
+
+
+def _looks_like_a_log(path: Path) -> bool:
+    """Whether a file found in a folder is meant to be a run log; a folder may hold other .jsonl files too."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4096)
+    except OSError:
+        return True  # let the reader say why
+    return not start or FORMAT.encode() in start
+
+
+def _read(paths: Sequence[Path]) -> tuple[list[RunLog], list[str], list[str]]:
+    """Logs, errors and warnings."""
+    files, errors = _find(paths)
+    logs, warnings = [], []
+    for file in files:
+        try:
+            log = read_log(file)
+        except RunLogError as error:
+            errors.append(str(error))
+            continue
+        logs.append(log)
+        warnings += [f"{file}: dropped {sentence}" for sentence in _first(log.dropped)]
+    return logs, errors, warnings
+
+
+def _first(sentences: Sequence[str], count: int = 3) -> list[str]:
+    """The first few sentences, and how many there are beyond them."""
+    rest = len(sentences) - count
+    return [*sentences[:count]] + ([f"{rest} more"] if rest > 0 else [])
+
+
+def _complain(errors: Sequence[str], warnings: Sequence[str] = ()) -> int:
+    for kind, messages in (("warning", warnings), ("error", errors)):
+        for message in messages:
+            print(f"catapult-opt: {kind}: {reports.clean(message)}", file=sys.stderr)
+    return 2 if errors else 0
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # main() deals with it; rich would exit with status 1
+
+
+def _report(options: argparse.Namespace) -> int:
+    sort = _sort(options)
+    if options.watch is not None:
+        return _watch(options.runs, sort, options.watch)
+    logs, errors, warnings = _read(options.runs)
+    status = _complain(errors, warnings)
+    summaries = [reports.summarize(log) for log in logs]
+    if options.json or options.csv:
+        export = reports.to_json if options.json else reports.to_csv
+        ordered = [summary for summary, _ in reports.sort_runs(zip(summaries, logs, strict=True), sort)]
+        print(export(ordered).rstrip("\n"))
+    elif logs:
+        reports.render(summaries, logs, _Console(), sort=sort)
+    return status
+
+
+def _sort(options: argparse.Namespace) -> str | None:
+    sort: str | None = options.sort
+    return f"-{sort}" if sort and options.reverse else sort
+
+
+def _watch(paths: Sequence[Path], sort: str | None, seconds: float) -> int:
+    """Show the report until Ctrl-C; logs may come and go."""
+    console = _Console()
+    try:
+        with Live(console=console, auto_refresh=False, vertical_overflow="ellipsis") as live:
+            while True:
+                live.update(_live_report(paths, sort, console), refresh=True)
+                time.sleep(seconds)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _live_report(paths: Sequence[Path], sort: str | None, console: Console) -> RenderableType:
+    logs, errors, _ = _read(paths)  # the line being written may be cut off: no matter here
+    parts: list[RenderableType] = []
+    if logs:
+        parts.append(reports.layout([reports.summarize(log) for log in logs], logs, console, sort=sort))
+    parts += [Text(f"waiting: {reports.clean(error)}", style="yellow") for error in errors]
+    parts.append(Text(f"\n{time.strftime('%H:%M:%S')}  Ctrl-C ends this", style="dim"))
+    return Group(*parts)
+
+
+def _plot(options: argparse.Namespace) -> int:
+    try:
+        from catapult_opt import plots
+    except ImportError as error:
+        return _complain([str(error)])
+    logs, errors, warnings = _read(options.runs)
+    status = _complain(errors, warnings)
+    if not logs:
+        return status
+    output = Path(options.output or (f"{logs[0].path.stem}.png" if len(logs) == 1 else "runs.png"))
+    try:
+        plots.save(logs, output)
+    except (OSError, ValueError) as error:
+        return _complain([f"{output}: cannot be written ({error})"])
+    print(output)
+    return status
