@@ -33,7 +33,6 @@ def plot_rates(log: RunLog, ax: Axes | None = None) -> Axes:
     ax = _axes(ax)
     _plot_measured(log, ax, "eta_crit", color="tab:red", label=r"$\eta_{crit}$")
     ax.plot(log.column("step"), log.column("effective_lr"), color="black", linewidth=1, label=r"$\eta$")
-    ax.legend(loc="best", frameon=False, fontsize="small")
     return _finish(log, ax, "learning rate")
 
 
@@ -82,14 +81,20 @@ def _plot_measured(log: RunLog, ax: Axes, key: str, **style: Any) -> None:
 
 def _finish(log: RunLog, ax: Axes, label: str) -> Axes:
     """Scale and label of a panel, the super-critical steps shaded, the catapults and collapses marked."""
+    collapses = [record["step"] for record in log.events if record["event"] == "collapse"]
     ax.set_yscale("log", nonpositive="mask")
     ax.set_ylabel(label)
     for first, last in _super_critical_spans(log):
-        ax.axvspan(first - 0.5, last + 0.5, color="tab:orange", alpha=0.25, linewidth=0)
+        ax.axvspan(first - 0.5, last + 0.5, color="tab:orange", alpha=0.25, linewidth=0, label="super-critical")
     for step in catapult_peaks(log):
-        ax.axvline(step, color="tab:green", linewidth=0.8, linestyle="--", alpha=0.8)
-    for step in (record["step"] for record in log.events if record["event"] == "collapse"):
-        ax.axvline(step, color="tab:red", linewidth=0.8, linestyle=":")
+        ax.axvline(step, color="tab:green", linewidth=0.8, linestyle="--", alpha=0.8, label="catapult")
+    for step in collapses:
+        ax.axvline(step, color="tab:red", linewidth=0.8, linestyle=":", label="collapse")
+    handles = {name: handle for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}  # one a name
+    if label != "loss":  # the marks are explained once, beside the loss
+        handles = {name: handle for name, handle in handles.items() if name.startswith("$")}
+    if handles:
+        ax.legend(handles.values(), handles.keys(), loc="upper right", fontsize="small")
     return ax
 
 

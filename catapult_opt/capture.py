@@ -1,0 +1,308 @@
+"""What the step saw: hooks on the model and the criterion keep the batches of the step about to be measured.
+
+Every criterion call of a step leaves its value; on a step that will be measured (`Capture.arm`) it also leaves what is
+needed to run the forward pass again (see `replay`). Calls whose backward pass never ran (validation) do not count.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .replay import ForwardCall, is_measuring, record_forward
+from .trees import tensors_in
+
+
+class LossModule(nn.Module):
+    """A plain loss function (outputs, targets) -> scalar as a module, so that its calls can be observed.
+
+    Hooks exist on modules only: a loop that uses a function or a lambda calls `LossModule(function)` in its place.
+
+    Example:
+        >>> criterion = LossModule(torch.nn.functional.mse_loss)
+        >>> criterion(torch.ones(3), torch.zeros(3))
+        tensor(1.)
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.function(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return getattr(self.function, "__qualname__", repr(self.function))
+
+
+def as_module(criterion: Any) -> nn.Module:
+    """The criterion itself if it is a module, else wrapped as one."""
+    if isinstance(criterion, nn.Module):
+        return criterion
+    if callable(criterion):
+        return LossModule(criterion)
+    raise TypeError(f"criterion must be an nn.Module or a callable (outputs, targets) -> loss, got {criterion!r}")
+
+
+@dataclass
+class LossCall:
+    """One term of the step's loss: a criterion call, the forward passes it depends on, and its weight in the sum."""
+
+    value: Tensor  # detached, 0-d
+    weight: Tensor | None = None  # d(step's loss) / d(value), known once backward ran
+    criterion: nn.Module | None = None  # None: the model returned the loss itself
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    inputs: list[Tensor] = field(default_factory=list)  # the tensors among args that depend on the model's outputs
+    forwards: list[ForwardCall] = field(default_factory=list)
+    link: Link | None = None  # from the model's outputs to `inputs`; None: they are the same tensors
+
+
+class Link:
+    """The user's code between the model's outputs and the criterion, linearised: products with its Jacobian J_g.
+
+    Built while the training graph is alive, from its own backward pass: vjp(v) = J_g^T v is linear in v, so
+    differentiating it once more gives J_g t. Only the graph between outputs and inputs is touched.
+    """
+
+    def __init__(self, outputs: list[Tensor], inputs: list[Tensor]) -> None:
+        self._shapes = [torch.zeros_like(x) for x in inputs]
+        self._v = [torch.zeros_like(x, requires_grad=True) for x in inputs]
+        self._vjp = torch.autograd.grad(inputs, outputs, self._v, create_graph=True, allow_unused=True)
+        self._t = [torch.zeros_like(x, requires_grad=True) for x in outputs]
+        self._used = [(y, t) for y, t in zip(self._vjp, self._t, strict=True) if y is not None and y.requires_grad]
+        self._jvp = torch.autograd.grad(
+            [y for y, _ in self._used],
+            self._v,
+            [t for _, t in self._used],
+            create_graph=True,
+            allow_unused=True,
+        )
+
+    @property
+    def uses(self) -> list[bool]:
+        """Which of the outputs the inputs depend on."""
+        return [y is not None for y in self._vjp]
+
+    def jvp(self, tangents: Sequence[Tensor]) -> list[Tensor]:
+        """J_g t, one tensor per criterion input, for one tangent per output."""
+        ys = [y for y, _ in self._used]
+        used = [t.to(y.dtype) for t, y in zip(tangents, self._vjp, strict=True) if y is not None and y.requires_grad]
+        got = torch.autograd.grad(ys, self._v, used, retain_graph=True, allow_unused=True)
+        return [z if g is None else g for g, z in zip(got, self._shapes, strict=True)]
+
+    def vjp(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
+        """J_g^T s, one tensor per output, for one cotangent per criterion input."""
+        ys = [y for y in self._jvp if y is not None and y.requires_grad]
+        ss = [
+            s.to(y.dtype)
+            for s, y in zip(cotangents, self._jvp, strict=True)
+            if y is not None and y.requires_grad
+        ]
+        got = torch.autograd.grad(ys, self._t, ss, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for g, t in zip(got, self._t, strict=True)]
+
+
+class Capture:
+    """Hooks on a model and its criterion; hands out the loss calls of the step.
+
+    Args:
+        model: the module called in the loop.
+        criterion: the module called in the loop, or None where the model's output is (or holds) the loss.
+        params: the optimizer's parameters.
+        outputs: with criterion None, picks the scalar loss from what the model returns.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module | None,
+        params: Iterable[Tensor],
+        outputs: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.criterion = criterion
+        self.armed = False
+        self.forwards_seen = 0
+        self._params = list(params)
+        self._outputs = outputs
+        self._calls: list[LossCall] = []
+        self._forwards: list[ForwardCall] = []
+        self._started: list[ForwardCall] = []
+        self._handles = [
+            model.register_forward_pre_hook(_Hook(self, "_before_forward"), with_kwargs=True),
+            model.register_forward_hook(_Hook(self, "_after_forward"), with_kwargs=True),
+        ]
+        if criterion is not None:
+            hook = _Hook(self, "_after_criterion")
+            self._handles.append(criterion.register_forward_hook(hook, with_kwargs=True))
+
+    def arm(self, on: bool = True) -> None:
+        """From the next forward pass on, keep what a measurement needs (or only the loss values)."""
+        self.armed = on
+
+    def take(self) -> list[LossCall]:
+        """The step's loss calls whose backward pass ran, and forget everything: the next step starts clean."""
+        calls = [call for call in self._calls if call.weight is not None]
+        self.clear()
+        return calls
+
+    @property
+    def pending(self) -> bool:
+        """Is there any criterion call since the last step?"""
+        return bool(self._calls)
+
+    def problem(self) -> str | None:
+        """Why the step has no loss to work with and what to do, or None."""
+        if any(call.weight is not None for call in self._calls):
+            return None
+        name = type(self.model).__name__
+        if self.forwards_seen == 0:
+            return (
+                f"step() found no forward pass of model ({name}) with gradients enabled since the last step: "
+                "call the very module passed as model=, not under torch.no_grad()"
+            )
+        if not self._calls:
+            what = "loss that needs gradients" if self.criterion is None else f"call of {type(self.criterion).__name__}"
+            return (
+                f"step() found a forward pass of model ({name}) but no {what}: call the very criterion passed as "
+                "criterion= on the model's outputs; a plain function has to be called as optimizer.criterion(...)"
+            )
+        return "step() found no backward pass since the last step: call loss.backward() first"
+
+    def clear(self) -> None:
+        self._calls, self._forwards, self._started = [], [], []
+        self.forwards_seen = 0
+
+    def drop_finished(self) -> None:
+        """Forget the calls whose backward pass already ran: their gradients were thrown away (zero_grad)."""
+        self._calls = [call for call in self._calls if call.weight is None]
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.clear()
+
+    # hooks; all return None, so that nothing of the user's is changed
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_measuring() or not torch.is_grad_enabled():
+            return
+        self.forwards_seen += 1
+        if self.armed:
+            self._started.append(record_forward(self.model, self._params, args, kwargs))
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if is_measuring() or not torch.is_grad_enabled():
+            return
+        forward = self._started.pop() if self._started else None
+        if self.criterion is None:
+            loss = loss_of(output, self._outputs)
+            if loss.requires_grad:
+                self._append(LossCall(loss.detach(), forwards=[forward] if forward else []), loss)
+        elif forward is not None:
+            forward.finish(output)
+            self._forwards.append(forward)
+
+    def _after_criterion(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
+        if is_measuring():
+            return
+        if not scalar_loss(loss).requires_grad:
+            return
+        call = LossCall(loss.detach(), criterion=module)
+        if self.armed and self._forwards:
+            connect(call, self._forwards, args, kwargs)
+        self._append(call, loss)
+
+    def _append(self, call: LossCall, loss: Tensor) -> None:
+        self._calls.append(call)
+        loss.register_hook(_Weigh(self, call))
+
+    def _backward_ran(self, call: LossCall, weight: Tensor) -> None:
+        finished = any(c.weight is not None for c in self._calls)
+        if finished and all(p.grad is None for p in self._params):
+            # Gradients were reset since the last backward pass and no step came: it was skipped (GradScaler).
+            self.drop_finished()
+        call.weight = weight.detach()
+
+
+class _Hook:
+    """A hook that does not keep its capture alive and is inert in a deep copy or a pickle of the model."""
+
+    def __init__(self, capture: Capture | None = None, method: str = "") -> None:
+        self._capture = None if capture is None else weakref.ref(capture)
+        self._method = method
+
+    def __call__(self, *args: Any) -> None:
+        capture = self._capture() if self._capture is not None else None
+        if capture is not None:
+            getattr(capture, self._method)(*args)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
+class _Weigh:
+    """Tensor hook on a loss: tells its weight in the step's loss once backward runs."""
+
+    def __init__(self, capture: Capture, call: LossCall) -> None:
+        self._capture, self._call = weakref.ref(capture), call
+
+    def __call__(self, grad: Tensor) -> None:
+        capture = self._capture()
+        if capture is not None and not is_measuring():
+            capture._backward_ran(self._call, grad)
+
+
+def loss_of(output: Any, outputs: Callable[[Any], Any] | None) -> Tensor:
+    """The scalar loss in a model's output: picked by `outputs`, or the output itself, or its `.loss` / ["loss"]."""
+    loss = outputs(output) if outputs is not None else output
+    if not isinstance(loss, Tensor):
+        loss = loss.get("loss") if hasattr(loss, "get") else getattr(loss, "loss", None)
+    if not (isinstance(loss, Tensor) and loss.dim() == 0):
+        raise ValueError(
+            "criterion=None needs a model that returns a scalar loss (or an output with a scalar .loss); "
+            f"got {type(output).__name__}: pass outputs=lambda out: ... that picks it, or pass the criterion"
+        )
+    return loss
+
+
+def scalar_loss(loss: Any) -> Tensor:
+    """The criterion's value, a ValueError if it is not a 0-d tensor."""
+    if isinstance(loss, Tensor) and loss.dim() == 0:
+        return loss
+    got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    raise ValueError(
+        f"criterion must return a scalar (0-d) tensor, got {got}: use reduction='mean' or 'sum', or reduce inside it"
+    )
+
+
+def connect(call: LossCall, forwards: Sequence[ForwardCall], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Find which arguments of a criterion call depend on which forward passes, and how. Before backward runs."""
+    inputs = [t for t in _unique(tensors_in((args, kwargs))) if t.requires_grad and t.is_floating_point()]
+    owner = {id(o): f for f in forwards for o in f.outputs}
+    if inputs and all(id(z) in owner for z in inputs):
+        call.args, call.kwargs, call.inputs = args, kwargs, inputs
+        call.forwards = _unique([owner[id(z)] for z in inputs])
+        return
+    every = [o for f in forwards for o in f.outputs]
+    inputs = [z for z in inputs if z.grad_fn is not None]
+    if not inputs or not every:
+        return
+    with torch.enable_grad():
+        uses = Link(every, inputs).uses
+        used = [f for f in forwards if any(u for u, o in zip(uses, every, strict=True) if f.owns(o))]
+        if used:
+            call.args, call.kwargs, call.inputs, call.forwards = args, kwargs, inputs, used
+            call.link = Link([o for f in used for o in f.outputs], inputs)
+
+
+def _unique(items: list[Any]) -> list[Any]:
+    return list({id(item): item for item in items}.values())

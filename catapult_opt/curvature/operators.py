@@ -1,0 +1,191 @@
+"""Curvature operators on parameter space, by finite differences of the model's forward pass.
+
+Both act on D^(1/2) A D^(1/2), where A is the GGN or the Hessian of the step's loss and D the diagonal of relative rates
+(1 where all parameters have the same): its top eigenvalue bounds the common rate of an update with step rate * D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture import LossCall, loss_of
+from ..replay import ForwardCall, replay
+from ..trees import tensors_in
+from .output_hessian import OutputHessian
+from .vectors import Vector, norm
+
+# Size of the step's effect on the outputs, relative to their spread: large against rounding, small against curvature.
+_TARGET = {torch.float64: 1e-6}
+_TARGET_DEFAULT = 2e-3
+# First relative size of the step in parameter space, and how far the calibration may move it.
+_STEP = {torch.float64: 1e-8}
+_STEP_DEFAULT = 1e-5
+_STEP_RANGE = 100.0
+
+
+@dataclass
+class StepSize:
+    """Finite-difference step relative to the norm of the parameters, calibrated from use to use (0: not yet)."""
+
+    relative: float = 0.0
+
+
+class GGN:
+    """Generalized Gauss-Newton matrix of the step's loss: sum over its terms of J^T H_out J (weights contained).
+
+    One product is one forward pass at w + eps v and one backward pass through the graph of that same pass (DESIGN:
+    shared finite difference): t = (f(w + eps v) - f(w)) / eps, then J^T H_out t. Only inside `preserved`.
+    """
+
+    semidefinite = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Sequence[Tensor],
+        calls: Sequence[LossCall],
+        step: StepSize,
+        scale: Sequence[float] | None = None,
+    ) -> None:
+        self._model, self._params, self._calls = model, list(params), calls
+        self._mover = _Mover(self._params, scale)
+        self._step = step
+        self.hessians = [OutputHessian(call) for call in calls]
+        self._bases = [[t for f in call.forwards for t in self._base(f)] for call in calls]
+        self._fresh = step.relative > 0
+
+    def matvec(self, v: Vector) -> Vector:
+        """G v."""
+        eps = self._calibrated(v) * self._mover.norm
+        self._mover.move(v, eps)
+        total = [torch.zeros_like(x) for x in v]
+        for call, hessian, bases in zip(self._calls, self.hessians, self._bases, strict=True):
+            outputs = self._outputs(call)
+            tangents = [(o.detach() - b) / eps for o, b in zip(outputs, bases, strict=True)]
+            _accumulate(total, outputs, _through_loss(call, hessian, tangents), self._params)
+        return self._mover.scaled(total)
+
+    def _calibrated(self, v: Vector) -> float:
+        """Relative step that moves the outputs by the target: a forward pass or two, once; then once a measurement."""
+        if self._fresh:
+            return self._step.relative
+        self._fresh = True
+        dtype = self._params[0].dtype
+        first, target = _STEP.get(dtype, _STEP_DEFAULT), _TARGET.get(dtype, _TARGET_DEFAULT)
+        relative = self._step.relative or first
+        for _ in range(2):
+            self._mover.move(v, relative * self._mover.norm)
+            with torch.no_grad():
+                moved = _relative_move(self._outputs(self._calls[0]), self._bases[0])
+            if moved == 0 or target / 10 <= moved <= target * 3:
+                break
+            relative = min(max(relative * target / moved, first / _STEP_RANGE), first * _STEP_RANGE)
+        self._step.relative = relative
+        return relative
+
+    def _base(self, forward: ForwardCall) -> list[Tensor]:
+        if forward.base is not None and forward.base_is_current(self._params):
+            return forward.base
+        with torch.no_grad():
+            return [t.clone() for t in _selected(replay(self._model, forward), forward)]
+
+    def _outputs(self, call: LossCall) -> list[Tensor]:
+        return [t for f in call.forwards for t in _selected(replay(self._model, f), f)]
+
+
+class LossHessian:
+    """Hessian of the loss that the model itself returns, by central differences of its gradient."""
+
+    semidefinite = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Sequence[Tensor],
+        calls: Sequence[LossCall],
+        outputs: Any = None,
+        scale: Sequence[float] | None = None,
+    ) -> None:
+        self._model, self._params, self._calls, self._outputs = model, list(params), calls, outputs
+        self._mover = _Mover(self._params, scale)
+
+    def matvec(self, v: Vector) -> Vector:
+        """H v = (grad L(w + eps v) - grad L(w - eps v)) / (2 eps)."""
+        eps = self._mover.norm * (1e-6 if v[0].dtype == torch.float64 else 1e-4)
+        plus, minus = self._gradient(v, eps), self._gradient(v, -eps)
+        return self._mover.scaled([(a - b) / (2 * eps) for a, b in zip(plus, minus, strict=True)])
+
+    def _gradient(self, v: Vector, eps: float) -> Vector:
+        self._mover.move(v, eps)
+        total = [torch.zeros_like(x) for x in v]
+        for call in self._calls:
+            for forward in call.forwards:
+                loss = loss_of(replay(self._model, forward), self._outputs)
+                assert call.weight is not None
+                _accumulate(total, [loss], [call.weight.to(loss.dtype)], self._params)
+        return total
+
+
+class _Mover:
+    """Puts the parameters at w + eps D^(1/2) v by pointer; w itself is never written."""
+
+    def __init__(self, params: Sequence[Tensor], scale: Sequence[float] | None) -> None:
+        self._params = params
+        self._origin = [p.data for p in params]
+        self._roots = None if scale is None else [s**0.5 for s in scale]
+        self.norm = float(norm(self._origin)) or 1.0
+
+    def move(self, v: Vector, eps: float) -> None:
+        for p, w, x in zip(self._params, self._origin, self.scaled(v), strict=True):
+            p.data = torch.add(w, x, alpha=eps)
+
+    def scaled(self, v: Vector) -> Vector:
+        if self._roots is None:
+            return v
+        return [x * root for x, root in zip(v, self._roots, strict=True)]
+
+
+def _selected(output: Any, forward: ForwardCall) -> list[Tensor]:
+    every = tensors_in(output)
+    return [every[i] for i in forward.places]
+
+
+def _through_loss(call: LossCall, hessian: OutputHessian, tangents: list[Tensor]) -> list[Tensor | None]:
+    """H_out t at the model's outputs: through the user's code, the criterion, and back."""
+    outputs = [o for f in call.forwards for o in f.outputs]
+    if call.link is not None:
+        return list(call.link.vjp(hessian(call.link.jvp(tangents))))
+    at = {id(o): t for o, t in zip(outputs, tangents, strict=True)}
+    products = hessian([at[id(z)] for z in call.inputs])
+    back = {id(z): s for z, s in zip(call.inputs, products, strict=True)}
+    return [back.get(id(o)) for o in outputs]
+
+
+def _accumulate(
+    total: Vector, outputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], params: list[Tensor]
+) -> None:
+    """total += J^T s, without touching .grad."""
+    pairs = [(o, s.to(o.dtype)) for o, s in zip(outputs, cotangents, strict=True) if s is not None and o.requires_grad]
+    if not pairs:
+        return
+    got = torch.autograd.grad([o for o, _ in pairs], params, [s for _, s in pairs], allow_unused=True)
+    for x, g in zip(total, got, strict=True):
+        if g is not None:
+            x.add_(g)
+
+
+def _relative_move(outputs: Sequence[Tensor], bases: Sequence[Tensor]) -> float:
+    """rms change of the outputs over their spread (their size where they have none)."""
+    moved = torch.cat([(o - b).flatten().double() for o, b in zip(outputs, bases, strict=True)])
+    base = torch.cat([b.flatten().double() for b in bases])
+    size = float(base.square().mean().sqrt())
+    spread = float(base.std(correction=0))
+    scale = max(spread, 1e-3 * size)
+    if scale == 0:
+        return 0.0  # outputs of exactly zero: differences from them have no rounding error to fear
+    return float(moved.square().mean().sqrt()) / scale

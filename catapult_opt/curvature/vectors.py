@@ -1,0 +1,42 @@
+"""Arithmetic on vectors in parameter space, kept as one tensor per parameter so that they shard with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Vector = list[Tensor]
+
+
+def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Inner product of two vectors, a 0-d tensor on the first tensor's device."""
+    parts = [torch.sum(x * y) for x, y in zip(a, b, strict=True)]
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+
+
+def norm(a: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm, a 0-d tensor."""
+    return torch.nn.utils.get_total_norm(list(a))
+
+
+def scaled(a: Sequence[Tensor], factor: float) -> Vector:
+    """The vector times a number."""
+    return [x * factor for x in a]
+
+
+def combine(vectors: Sequence[Vector], coefficients: Sequence[float]) -> Vector:
+    """The linear combination sum_i coefficients[i] * vectors[i]."""
+    total = scaled(vectors[0], coefficients[0])
+    for vector, coefficient in zip(vectors[1:], coefficients[1:], strict=True):
+        for x, y in zip(total, vector, strict=True):
+            x.add_(y, alpha=coefficient)
+    return total
+
+
+def random_unit(like: Sequence[Tensor], seed: int = 0) -> Vector:
+    """A unit vector of Gaussian direction from its own generator: the global random state is not touched."""
+    generator = torch.Generator().manual_seed(seed)
+    vector = [torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) for x in like]
+    return scaled(vector, 1.0 / float(norm(vector)))

@@ -1,0 +1,215 @@
+"""One measurement: the top curvature of the captured step, and the public `critical_lr`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import LossCall, as_module, connect, loss_of, scalar_loss
+from .curvature.eigensolver import EigenEstimate, top_eigenvalue
+from .curvature.operators import GGN, LossHessian, StepSize
+from .curvature.vectors import Vector, random_unit
+from .replay import preserved, record_forward
+
+
+class MeasurementWarning(UserWarning):
+    """A measurement was not possible; the step went on with the last known value."""
+
+
+class MeasurementError(RuntimeError):
+    """A measurement was not possible; says why and what to do."""
+
+
+@dataclass(frozen=True)
+class CriticalLR:
+    """The critical learning rate of a batch, and how it was found."""
+
+    eta_crit: float  # 2 / lambda_max, or the base update's own critical rate; inf where the curvature is zero
+    lambda_max: float  # top eigenvalue of the curvature of the loss, the criterion's reduction contained
+    ntk_lambda_max: float | None  # top eigenvalue of the NTK J J^T where the loss is a squared error, else None
+    residual: float  # relative residual of the eigenpair
+    matvecs: int  # curvature products spent
+    converged: bool  # False: the cap on products was reached first
+
+
+def measure(
+    model: nn.Module,
+    criterion: nn.Module | None,
+    params: Sequence[Tensor],
+    calls: Sequence[LossCall],
+    *,
+    start: Vector | None = None,
+    step: StepSize | None = None,
+    outputs: Callable[[Any], Any] | None = None,
+    scale: Sequence[float] | None = None,
+    tol: float = 0.02,
+    max_matvecs: int = 5,
+) -> tuple[CriticalLR, Vector]:
+    """Top curvature of captured loss calls at the present weights, and the vector to start the next one from.
+
+    Args:
+        model, criterion, params: as captured; params are those the curvature is taken over.
+        calls: from `Capture.take` of an armed step.
+        start: warm-start vector, one tensor per parameter (None or all zeros: random).
+        step: finite-difference step, calibrated in place.
+        outputs: with criterion None, picks the loss from the model's output.
+        scale: relative rate of each parameter, see `operators`.
+        tol, max_matvecs: see `top_eigenvalue`.
+
+    Raises:
+        MeasurementError: nothing usable was captured, or the curvature is not finite.
+    """
+    _check(calls, criterion)
+    with preserved(model, criterion, params):
+        operator: GGN | LossHessian
+        if criterion is None:
+            operator = LossHessian(model, params, calls, outputs, scale)
+        else:
+            operator = GGN(model, params, calls, step or StepSize(), scale)
+        if start is None or not any(bool(x.any()) for x in start):
+            start = random_unit(params)
+        try:
+            estimate = top_eigenvalue(
+                operator.matvec, start, tol=tol, max_matvecs=max_matvecs, semidefinite=operator.semidefinite
+            )
+        except FloatingPointError as error:
+            raise MeasurementError(f"{error}: is there a NaN or inf in the batch or the weights?") from error
+        ntk = _ntk(operator, estimate) if isinstance(operator, GGN) and scale is None else None
+    eta = 2.0 / estimate.value if estimate.value > 0 else math.inf
+    result = CriticalLR(eta, estimate.value, ntk, estimate.residual, estimate.matvecs, estimate.converged)
+    return result, estimate.vector
+
+
+def _check(calls: Sequence[LossCall], criterion: nn.Module | None) -> None:
+    if not calls or any(not call.forwards for call in calls):
+        raise MeasurementError(
+            "the criterion was called on something that does not come from the model: pass the model whose outputs "
+            "reach the criterion"
+        )
+    if any(f.inputs_changed() for call in calls for f in call.forwards):
+        raise MeasurementError("the batch was modified in place between the forward pass and step(): copy it instead")
+
+
+def _ntk(operator: GGN, estimate: EigenEstimate) -> float | None:
+    """lambda_max(J J^T) where every term of the loss is the same multiple of a squared error."""
+    multiples = [h.as_multiple_of_identity() for h in operator.hessians]
+    first = multiples[0]
+    if first is None or any(m is None or abs(m - first) > 1e-5 * first for m in multiples):
+        return None
+    return estimate.value / first
+
+
+def critical_lr(
+    model: nn.Module,
+    criterion: Any,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    curvature: str = "ggn",
+    outputs: Callable[[Any], Any] | None = None,
+    tol: float = 5e-4,
+    max_matvecs: int = 50,
+) -> CriticalLR:
+    """The critical learning rate 2 / lambda_max of one batch at the model's present weights.
+
+    Curvature is that of `criterion(outputs(model(*inputs)), targets)` with the criterion's own reduction, over all
+    parameters that require gradients, in the model's present train/eval mode and at the present random state (dropout);
+    nothing of the model, its gradients or the random state is changed.
+
+    Args:
+        model: any module.
+        criterion: module or function (outputs, targets) -> scalar loss; None where the model returns the loss.
+        inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments of the model.
+        targets: second argument of the criterion.
+        curvature: "ggn" (generalized Gauss-Newton; for a squared error a multiple of the NTK) or "hessian".
+        outputs: picks what the criterion gets from what the model returns.
+        tol: relative accuracy asked of lambda_max.
+        max_matvecs: cap on the curvature products; `converged` is False when it was reached.
+
+    Raises:
+        ValueError, TypeError: an argument is not usable; says which and why.
+        MeasurementError: the curvature is not finite.
+
+    Source: thesis Def. 3.2.2 and App. C.1. For nn.MSELoss() over N elements lambda_max = (2/N) lambda_max(NTK).
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1, bias=False)
+        >>> x = torch.eye(3)
+        >>> result = critical_lr(model, torch.nn.MSELoss(reduction="sum"), x, torch.zeros(3, 1), tol=1e-4)
+        >>> round(result.lambda_max, 3), round(result.ntk_lambda_max, 3), round(result.eta_crit, 3)
+        (2.0, 1.0, 1.0)
+    """
+    if curvature not in ("ggn", "hessian"):
+        raise ValueError(f"curvature must be 'ggn' or 'hessian', got {curvature!r}")
+    params = trainable(model)
+    loss_module = None if criterion is None else as_module(criterion)
+    if curvature == "hessian" and loss_module is not None:
+        model, loss_module, outputs = _LossModel(model, loss_module, outputs, targets), None, None
+    args, kwargs = _arguments(inputs)
+    with preserved(model, loss_module, params):
+        call = _call_once(model, loss_module, params, args, kwargs, targets, outputs)
+    result, _ = measure(model, loss_module, params, [call], outputs=outputs, tol=tol, max_matvecs=max_matvecs)
+    return result
+
+
+def trainable(model: nn.Module) -> list[Tensor]:
+    """The model's parameters that require gradients; a ValueError if there are none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise ValueError("model has no parameter that requires a gradient: unfreeze some, or pass another model")
+    return params
+
+
+def _call_once(
+    model: nn.Module,
+    criterion: nn.Module | None,
+    params: list[Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    targets: Any,
+    outputs: Callable[[Any], Any] | None,
+) -> LossCall:
+    """One forward pass and criterion call as a captured step leaves them. Only inside `preserved`."""
+    forward = record_forward(model, params, args, kwargs)
+    output = model(*args, **kwargs)
+    forward.finish(output)
+    if criterion is None:
+        loss = loss_of(output, outputs)
+        call = LossCall(loss.detach(), forwards=[forward])
+    else:
+        picked = outputs(output) if outputs is not None else output
+        loss = scalar_loss(criterion.forward(picked, targets))
+        call = LossCall(loss.detach(), criterion=criterion)
+        connect(call, [forward], (picked, targets), {})
+    if not loss.requires_grad or not call.forwards:
+        raise ValueError("criterion(model(inputs), targets) does not depend on the model's trainable parameters")
+    call.weight = torch.ones_like(call.value)
+    return call
+
+
+class _LossModel(nn.Module):
+    """A model and its criterion as one module that returns the loss."""
+
+    def __init__(self, model: nn.Module, criterion: nn.Module, outputs: Callable[[Any], Any] | None, targets: Any):
+        super().__init__()
+        self.model, self.criterion, self.outputs, self.targets = model, criterion, outputs, targets
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        output = self.model(*args, **kwargs)
+        loss: Tensor = self.criterion(self.outputs(output) if self.outputs is not None else output, self.targets)
+        return loss
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, dict):
+        return (), inputs
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    return (inputs,), {}

@@ -1,0 +1,324 @@
+"""`CatapultSGD`: torch.optim.SGD that finds its own learning rate, above the critical one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import sgd
+
+from .curvature.vectors import Vector
+from .measure import CriticalLR
+from .monitor import Session, critical_rate, relative_rates
+from .policy import Catapulter, CatapultPolicy, Decision
+
+_VECTOR = "catapult_vector"  # warm start of the next measurement
+_SNAPSHOT = "catapult_snapshot"  # weights to return to from a catapult that does not come back
+_STATE = "catapult_state"  # everything else, as a JSON string: immutable, and survives every kind of checkpoint
+
+
+class CatapultSGD(Optimizer):
+    """SGD with momentum at a rate of its own: above the critical one, so that the loss catapults and features align.
+
+    A drop-in for `torch.optim.SGD` that needs no learning rate: hooks on `model` and `criterion` see the batches, at
+    `step()` the top eigenvalue of their curvature gives the critical rate of this very update, and the policy decides
+    how far above or below it to go. The rate applied stands in `group["effective_lr"]`.
+
+    Args:
+        params: parameters or groups, as for torch.optim.SGD; groups of different lr keep their proportion.
+        model: the module called in the loop. None: no controller, torch.optim.SGD bit for bit, and lr is the rate.
+        criterion: the loss module called in the loop, (outputs, targets) -> scalar. A plain function is wrapped: call it
+            as `optimizer.criterion(...)`. None where the model returns the loss (full Hessian instead of GGN).
+        lr: multiplies the controller's rate: leave it at 1, or let a scheduler drive it.
+        momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable: as for torch.optim.SGD.
+        policy: a `CatapultPolicy`; None for the default. `CatapultPolicy(total_steps=...)` where the length is known.
+        every: measure every so many steps; in between the rate is held.
+        log: path of the run log for `catapult-opt report`, or None.
+        outputs: with criterion=None, picks the scalar loss from what the model returns.
+
+    Raises:
+        ValueError, TypeError: an argument is not usable; says which and why.
+
+    Source: thesis ch. 5 (the optimizer), Def. 3.2.2 (critical rate), Sec. 4.3-4.4 (multiple catapults).
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> criterion = nn.MSELoss()
+        >>> optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion)
+        >>> criterion(model(torch.ones(4, 2)), torch.zeros(4, 1)).backward()
+        >>> optimizer.step()
+        >>> round(optimizer.param_groups[0]["effective_lr"], 3)  # 2 * eta_crit = 2 * 2 / 6
+        0.667
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        model: nn.Module | None = None,
+        criterion: Any = None,
+        lr: float | Tensor = 1.0,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        policy: CatapultPolicy | None = None,
+        every: int = 1,
+        log: str | os.PathLike[str] | None = None,
+        outputs: Callable[[Any], Any] | None = None,
+    ) -> None:
+        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+            if not float(value) >= 0.0 or math.isinf(float(value)):
+                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        if not math.isfinite(dampening):
+            raise ValueError(f"dampening must be a finite number, got {dampening!r}")
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError(
+                f"nesterov needs momentum > 0 and dampening = 0, got momentum={momentum!r}, dampening={dampening!r}"
+            )
+        if model is not None and (maximize or differentiable):
+            name = "maximize" if maximize else "differentiable"
+            raise ValueError(f"{name}=True does not go with a model: minimise the negated loss, or pass model=None")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults)
+        self._session: Session | None = None
+        self._machine: Catapulter | None = None
+        self._written: str | None = None
+        if model is not None:
+            self.attach(model=model, criterion=criterion, policy=policy, every=every, log=log, outputs=outputs)
+        elif not (criterion is None and policy is None and log is None and outputs is None):
+            raise ValueError("criterion, policy, log and outputs need a model: pass model=, or none of them")
+
+    def attach(
+        self,
+        *,
+        model: nn.Module,
+        criterion: Any,
+        policy: CatapultPolicy | None = None,
+        every: int = 1,
+        log: str | os.PathLike[str] | None = None,
+        outputs: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """(Re)connect to a model and its criterion: after a deep copy or unpickling, which keep the state but no hooks."""
+        if policy is not None and not isinstance(policy, CatapultPolicy):
+            raise TypeError(f"policy must be a CatapultPolicy, got {policy!r}")
+        policy = policy or CatapultPolicy()
+        settings = {"every": every, "policy": dataclasses.asdict(policy)}
+        settings |= {k: float(v) if isinstance(v, Tensor) else v for k, v in self.defaults.items()}
+        session = Session(
+            type(self).__name__,
+            self,
+            model,
+            criterion,
+            outputs=outputs,
+            every=every,
+            log=log,
+            settings=settings,
+        )
+        self.detach()
+        self._session, self._machine, self._written = session, Catapulter(policy), None
+        for group in self.param_groups:
+            group.setdefault("effective_lr", 0.0)
+            group.setdefault(_STATE, "")
+
+    def detach(self) -> None:
+        """Remove the hooks from model and criterion and close the log. `step()` then needs a new `attach`."""
+        if self._session is not None:
+            self._session.detach()
+        self._session = self._machine = None
+
+    @property
+    def criterion(self) -> nn.Module | None:
+        """The criterion whose calls are observed: a plain function given as criterion must be called through this."""
+        return None if self._session is None else self._session.criterion
+
+    @property
+    def last(self) -> CriticalLR | None:
+        """The last measurement: of that step's batch, at the weights before its update."""
+        return None if self._session is None else self._session.last
+
+    @property
+    def super_critical_steps(self) -> int:
+        """Measured steps with eta - eta_crit > 1e-8: the thesis' count of catapults in SGD."""
+        return 0 if self._session is None else self._session.counter.super_critical_steps
+
+    @property
+    def catapults(self) -> int:
+        """Episodes completed: rise from a super-critical start, peak, return with a lower lambda_max."""
+        return 0 if self._session is None else self._session.counter.catapults
+
+    @property
+    def phase(self) -> str | None:
+        """What the policy is doing: "arm", "hot", "cool", "settle" ("start" before the first step)."""
+        return None if self._machine is None else self._machine.phase
+
+    def log_metrics(self, **values: float) -> None:
+        """Log metrics at the present step, e.g. val_loss=0.3; names that start with `val` rank runs in the report."""
+        if self._session is not None:
+            self._session.log_metrics(values)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Absent after unpickling and deep copies (the state of an Optimizer is its groups), kept by load_state_dict.
+        self.__dict__.setdefault("_session", None)
+        self.__dict__.setdefault("_machine", None)
+        self.__dict__.setdefault("_written", None)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients; batches whose gradients are thrown away no longer belong to the step."""
+        super().zero_grad(set_to_none)
+        if self._session is not None:
+            self._session.capture.drop_finished()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update at the controller's rate.
+
+        Args:
+            closure: evaluated once, with gradients enabled; its value is returned.
+
+        Raises:
+            RuntimeError: nothing was captured since the last step, or a gradient is sparse; nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        self._refuse_sparse()
+        if self._session is None:
+            self._refuse_unattached()
+            self._update(None)
+        elif self._session.saw_nothing() and all(float(g["lr"]) == 0 for g in self.param_groups):
+            self._prepare_state()  # torch.distributed.checkpoint initialises state by a step of rate 0
+            self._update(0.0)
+        else:
+            decision = self._decide()
+            if decision.restore:
+                self._restore()
+            else:
+                self._update(decision.rate)
+
+    def _decide(self) -> Decision:
+        """Observe the step, ask the policy on measured ones, log, and keep the state where checkpoints see it."""
+        session, machine = self._session, self._machine
+        assert session is not None and machine is not None
+        self._load()
+        groups = [g for g in self.param_groups for p in g["params"] if p.requires_grad]
+        largest, scale = relative_rates(groups)
+        start = self._prepare_state()
+        seen = session.observe(start, scale, lambda lam: critical_rate(groups, lam))
+        if seen.critical is None:
+            decision = Decision(machine.rate, machine.phase)
+        else:
+            decision = machine.update(
+                step=session.step, loss=seen.loss, eta_crit=seen.critical.eta_crit, smoothing=seen.smoothing
+            )
+            for p, v in zip(session.params, seen.vector or [], strict=True):
+                self.state[p][_VECTOR].copy_(v)
+        if decision.take_snapshot:
+            for p in session.params:
+                self.state[p][_SNAPSHOT].copy_(p)
+        session.record(seen, largest * decision.rate, decision.phase, decision.events)
+        self._store()
+        return decision
+
+    def _update(self, rate: float | None) -> None:
+        """torch's own SGD update at lr * rate (None: at lr)."""
+        for group in self.param_groups:
+            params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+            momentum = group["momentum"]
+            buffers = [self.state[p].get("momentum_buffer") if momentum else None for p in params]
+            lr = group["lr"]
+            if rate is not None:
+                lr = group["effective_lr"] = lr * rate
+            sgd(
+                params,
+                [p.grad for p in params],  # type: ignore[misc]
+                buffers,
+                weight_decay=group["weight_decay"],
+                momentum=momentum,
+                lr=lr,
+                dampening=group["dampening"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+                has_sparse_grad=False,
+                foreach=group["foreach"],
+            )
+            if momentum:
+                for p, buffer in zip(params, buffers, strict=True):
+                    self.state[p]["momentum_buffer"] = buffer
+
+    def _restore(self) -> None:
+        """Back to the snapshot, at rest."""
+        assert self._session is not None
+        for p in self._session.params:
+            p.copy_(self.state[p][_SNAPSHOT])
+            if self.state[p].get("momentum_buffer") is not None:
+                self.state[p]["momentum_buffer"].zero_()
+
+    def _prepare_state(self) -> Vector:
+        """Per-parameter tensors of the controller, all there from the first step: they shard with the parameter."""
+        assert self._session is not None
+        for p in self._session.params:
+            state = self.state[p]
+            if _VECTOR not in state:
+                state[_VECTOR] = torch.zeros_like(p)
+                state[_SNAPSHOT] = p.detach().clone()
+        return [self.state[p][_VECTOR] for p in self._session.params]
+
+    def _store(self) -> None:
+        assert self._session is not None and self._machine is not None
+        state = {"session": self._session.state_dict(), "machine": self._machine.state_dict()}
+        self._written = json.dumps(state)
+        for group in self.param_groups:
+            group[_STATE] = self._written
+
+    def _load(self) -> None:
+        """Take over a state that was loaded since the last step, by whatever way it came into the groups."""
+        text = self.param_groups[0].get(_STATE) or ""
+        if text and text != self._written:
+            assert self._session is not None and self._machine is not None
+            state = json.loads(text)
+            self._session.load_state_dict(state["session"])
+            self._machine.load_state_dict(state["machine"])
+            self._written = text
+
+    def _refuse_sparse(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"CatapultSGD does not support sparse gradients (parameter of shape {tuple(p.shape)}): "
+                        "use sparse=False in the embedding"
+                    )
+
+    def _refuse_unattached(self) -> None:
+        if any(group.get(_STATE) for group in self.param_groups):
+            raise RuntimeError(
+                "this CatapultSGD was copied, unpickled or detached and has no model to measure: call "
+                "optimizer.attach(model=..., criterion=...) first"
+            )

@@ -1,0 +1,202 @@
+"""When to go above the edge: the catapult policy, in plain numbers (no torch).
+
+`CatapultPolicy` holds the settings; `Catapulter` is the state machine: one `update` per measured step with that step's
+loss and critical rate, one `Decision` back. The same losses and rates always give the same decisions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+Event = tuple[str, dict[str, float]]
+
+# Stands for "no curvature at all", where 2 / lambda is infinite.
+_LARGEST_RATE = 1e30
+
+
+@dataclass(frozen=True)
+class CatapultPolicy:
+    """Settings of the catapult controller; the defaults need no tuning.
+
+    Rates are in units of the critical rate eta_crit, losses in units of the loss at the start of the attempt.
+
+    Example:
+        >>> CatapultPolicy(total_steps=500).kappa
+        2.0
+    """
+
+    kappa: float = 2.0  # rate of an attempt: kappa * eta_crit
+    growth: float = 2.0  # an attempt raises the last rate at most by this factor
+    spike: float = 1.2  # a loss above this is a catapult under way
+    quench: float = 100.0  # a loss above this is cooled at once
+    fatal: float = 1e6  # a loss above this (or not finite) is undone: restore the snapshot
+    cool: float = 0.8  # rate while cooling and settling: cool * eta_crit
+    hot_steps: int = 10  # a catapult is held at the high rate at most this long
+    arm_steps: int = 25  # an attempt without a spike is renewed after this long
+    patience: int = 100  # a catapult not over after this long is given up, and the loss reached is the new start
+    settle: float = 0.6  # with total_steps known: no catapults after this fraction of them
+    total_steps: int | None = None  # length of the training, if known
+    smoothing: int | None = None  # steps to average loss and curvature over; None: 1 for a repeated batch, else 50
+
+    def __post_init__(self) -> None:
+        for name in ("kappa", "growth", "spike", "quench", "fatal"):
+            _check(name, getattr(self, name), above=1.0)
+        _check("cool", self.cool, above=0.0, at_most=1.0)
+        _check("settle", self.settle, above=0.0, at_most=1.0)
+        for name in ("hot_steps", "arm_steps", "patience", "total_steps", "smoothing"):
+            value = getattr(self, name)
+            if value is None and name in ("total_steps", "smoothing"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+
+
+def _check(name: str, value: float, *, above: float, at_most: float = math.inf) -> None:
+    if not isinstance(value, (int, float)) or not above < value <= at_most or not math.isfinite(value):
+        limit = "" if math.isinf(at_most) else f" and at most {at_most:g}"
+        raise ValueError(f"{name} must be a finite number above {above:g}{limit}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do in this step."""
+
+    rate: float  # of the update
+    phase: str  # "arm", "hot", "cool" or "settle"
+    take_snapshot: bool = False  # of the weights before this update
+    restore: bool = False  # put the snapshot back instead of updating
+    events: tuple[Event, ...] = ()
+
+
+@dataclass
+class _State:
+    """Everything the machine remembers: plain numbers, so that it survives every kind of checkpoint."""
+
+    phase: str = "start"
+    rate: float = 0.0  # held between measurements
+    kappa: float = 0.0
+    low: float = math.inf  # the loss to come back to
+    peak: float = 0.0
+    entered: int = 0  # step at which the phase was entered
+    spiked: int = 0  # step at which the loss left `low`
+    armed_curvature: float = 0.0  # 1 / eta_crit when the attempt began
+    updates: int = 0
+    mean_loss: float = 0.0
+    mean_log_curvature: float = 0.0
+
+
+class Catapulter:
+    """The state machine: arm above the edge, hold while the loss rises, cool until it is back, and again.
+
+    Example:
+        >>> machine = Catapulter(CatapultPolicy())
+        >>> machine.update(step=1, loss=1.0, eta_crit=0.5).rate
+        1.0
+    """
+
+    def __init__(self, policy: CatapultPolicy) -> None:
+        self.policy = policy
+        self._state = _State()
+
+    @property
+    def phase(self) -> str:
+        return self._state.phase
+
+    @property
+    def rate(self) -> float:
+        """The last rate decided, 0.0 before the first decision."""
+        return self._state.rate
+
+    def state_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self._state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._state = _State(**state)
+
+    def update(self, *, step: int, loss: float, eta_crit: float, smoothing: int = 1) -> Decision:
+        """Decide on the rate of this step.
+
+        Args:
+            step: 1-based number of the step; steps in between may have gone unmeasured.
+            loss: of this step's batch, at the weights before the update.
+            eta_crit: critical rate of the base update for the same batch and weights; inf for no curvature.
+            smoothing: steps to average over, where the policy leaves it open.
+        """
+        s, p = self._state, self.policy
+        if s.phase != "start" and not loss <= p.fatal * s.low:
+            return self._undo(step, loss)
+        h = p.smoothing or smoothing
+        loss, eta_crit = self._averaged(loss, eta_crit, h)
+        events: list[Event] = []
+        if p.total_steps is not None and step > p.settle * p.total_steps:
+            self._enter("settle", step)
+        if s.phase == "arm":
+            s.low = min(s.low, loss)
+            if loss > p.spike * s.low:
+                self._enter("hot", step)
+                s.spiked, s.peak = step, loss
+                events.append(("catapult_started", {"loss": loss, "low": s.low}))
+        if s.phase == "hot" and (loss > p.quench * s.low or step - s.entered >= max(p.hot_steps, h // 2)):
+            self._enter("cool", step)
+        if s.phase in ("hot", "cool"):
+            events += self._recovery(step, loss, eta_crit, h)
+        fresh = s.phase == "start" or (s.phase == "arm" and step - s.entered >= max(p.arm_steps, h))
+        if fresh:
+            self._arm(step, loss, eta_crit)
+        s.rate = self._rate(eta_crit)
+        return Decision(s.rate, s.phase, take_snapshot=fresh, events=tuple(events))
+
+    def _averaged(self, loss: float, eta_crit: float, h: int) -> tuple[float, float]:
+        """Running means of the loss and of log(1 / eta_crit) over about h updates (full weight to the first ones)."""
+        s = self._state
+        s.updates += 1
+        weight = 1.0 / min(s.updates, h)
+        s.mean_loss += weight * (loss - s.mean_loss)
+        log_curvature = -math.log(min(eta_crit, _LARGEST_RATE))
+        s.mean_log_curvature += weight * (log_curvature - s.mean_log_curvature)
+        return s.mean_loss, math.exp(-s.mean_log_curvature)
+
+    def _enter(self, phase: str, step: int) -> None:
+        if self._state.phase != phase:
+            self._state.phase, self._state.entered = phase, step
+
+    def _arm(self, step: int, loss: float, eta_crit: float) -> None:
+        s, p = self._state, self.policy
+        s.kappa = s.kappa or p.kappa
+        target = s.kappa * eta_crit
+        s.rate = min(target, p.growth * s.rate) if s.rate > 0 else target
+        s.phase, s.entered, s.low, s.armed_curvature = "arm", step, loss, 1.0 / eta_crit
+
+    def _recovery(self, step: int, loss: float, eta_crit: float, h: int) -> list[Event]:
+        """Back at the old loss and below the edge: one catapult. Too long away: take the present loss as the new one."""
+        s, p = self._state, self.policy
+        s.peak = max(s.peak, loss)
+        if loss <= s.low and (s.phase == "cool" or s.rate < eta_crit):
+            drop = 1.0 / (eta_crit * s.armed_curvature)
+            event: Event = ("catapult_recovered", {"peak": s.peak, "steps": step - s.spiked, "curvature_ratio": drop})
+            s.phase, s.kappa = "start", p.kappa
+            return [event]
+        if step - s.spiked >= max(p.patience, 4 * h):
+            s.phase, s.kappa = "start", 1 + (s.kappa - 1) / 2
+            return [("back_off", {"kappa": s.kappa, "loss": loss})]
+        return []
+
+    def _rate(self, eta_crit: float) -> float:
+        s, p = self._state, self.policy
+        if s.phase == "settle":
+            return p.cool * eta_crit
+        if s.phase == "cool":
+            return min(s.rate, p.cool * eta_crit)
+        return min(s.rate, s.kappa * eta_crit)
+
+    def _undo(self, step: int, loss: float) -> Decision:
+        """Beyond recovery: put the snapshot back and try again, more gently."""
+        s = self._state
+        s.kappa = 1 + (s.kappa - 1) / 2
+        s.rate /= 4
+        s.phase, s.entered = "arm", step
+        s.updates, s.mean_loss = 1, s.low  # the averages start again from the snapshot's
+        return Decision(s.rate, s.phase, restore=True, events=(("restore", {"loss": loss, "kappa": s.kappa}),))

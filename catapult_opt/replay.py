@@ -1,0 +1,140 @@
+"""Run a captured forward pass again at other weights, leaving nothing of the user's changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .trees import map_tensors, tensors_in
+
+_measuring = 0
+
+
+def is_measuring() -> bool:
+    """True while a measurement runs the model again: for user hooks that must not count such passes.
+
+    Example:
+        >>> is_measuring()
+        False
+    """
+    return _measuring > 0
+
+
+@dataclass
+class ForwardCall:
+    """One forward pass of the training loop: its arguments and the state it started from."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rng: list[tuple[str | None, Tensor]]  # (None, CPU state) and (device, its state): the same dropout masks again
+    modes: list[bool]  # training flag of every submodule
+    versions: list[int]  # of the parameters and the tensor arguments: were they changed since?
+    autocast: bool
+    outputs: list[Tensor] = field(default_factory=list)  # those that need gradients, as the loop got them
+    places: list[int] = field(default_factory=list)  # where they stand among all tensors of the output
+    base: list[Tensor] | None = None  # detached outputs at the weights of the step
+    output_versions: list[int] = field(default_factory=list)
+
+    def finish(self, output: Any) -> None:
+        """Keep the outputs that gradients flow through."""
+        every = tensors_in(output)
+        self.places = [i for i, t in enumerate(every) if t.requires_grad and t.is_floating_point()]
+        self.outputs = [every[i] for i in self.places]
+        self.base = [t.detach() for t in self.outputs]
+        self.output_versions = [t._version for t in self.outputs]
+
+    def owns(self, output: Tensor) -> bool:
+        return any(o is output for o in self.outputs)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Length of the first dimension of the first tensor argument."""
+        tensors = [t for t in tensors_in((self.args, self.kwargs)) if t.dim() > 0]
+        return tensors[0].shape[0] if tensors else None
+
+    def inputs_changed(self) -> bool:
+        """Was an argument modified in place since the forward pass?"""
+        tensors = tensors_in((self.args, self.kwargs))
+        return [t._version for t in tensors] != self.versions[len(self.versions) - len(tensors) :]
+
+    def base_is_current(self, params: Sequence[Tensor]) -> bool:
+        """Do the kept outputs still belong to the present weights, in full precision?"""
+        return (
+            self.base is not None
+            and not self.autocast
+            and [p._version for p in params] == self.versions[: len(params)]
+            and [t._version for t in self.outputs] == self.output_versions
+        )
+
+
+def record_forward(
+    model: nn.Module, params: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ForwardCall:
+    """What has to be known at the start of a forward pass to run it again."""
+    devices = {p.device for p in params if p.device.type not in ("cpu", "meta")}
+    rng: list[tuple[str | None, Tensor]] = [(None, torch.get_rng_state())]
+    rng += [(str(d), torch.get_device_module(d).get_rng_state(d)) for d in devices]
+    kinds = {p.device.type for p in params}
+    return ForwardCall(
+        args=args,
+        kwargs=kwargs,
+        rng=rng,
+        modes=[m.training for m in model.modules()],
+        versions=[t._version for t in [*params, *tensors_in((args, kwargs))]],
+        autocast=any(torch.is_autocast_enabled(kind) for kind in kinds if kind != "meta"),
+    )
+
+
+def replay(model: nn.Module, call: ForwardCall) -> Any:
+    """The model's output for the call's arguments at the present weights. Only inside `preserved`."""
+    for device, state in call.rng:
+        if device is None:
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(device).set_rng_state(state, device)
+    for module, mode in zip(model.modules(), call.modes, strict=True):
+        module.training = mode
+    args, kwargs = map_tensors((call.args, call.kwargs), Tensor.detach)
+    return model(*args, **kwargs)
+
+
+@contextmanager
+def preserved(model: nn.Module, criterion: nn.Module | None, params: Sequence[Tensor]) -> Iterator[None]:
+    """Restore weights, buffers, random state and train/eval flags at the end, whatever happens inside.
+
+    Weights and buffers are restored by pointer: their own storage is never written. Autocast is off inside (finite
+    differences of half-precision outputs mean nothing) and gradients are enabled.
+    """
+    global _measuring
+    modules = [*model.modules(), *(criterion.modules() if criterion is not None else ())]
+    modes = [m.training for m in modules]
+    buffers = [(m, name, b) for m in modules for name, b in m.named_buffers(recurse=False)]
+    saved = [(t, t.data) for t in [*params, *(b for _, _, b in buffers)]]
+    devices = {p.device for p in params if p.device.type not in ("cpu", "meta")}
+    kinds = {p.device.type for p in params} - {"meta"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for device in devices:
+            stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+        stack.enter_context(torch.enable_grad())
+        _measuring += 1
+        try:
+            for _, _, buffer in buffers:
+                buffer.data = buffer.data.clone()
+            yield
+        finally:
+            _measuring -= 1
+            for tensor, data in saved:
+                tensor.data = data
+            for module, name, buffer in buffers:
+                if getattr(module, name) is not buffer:
+                    setattr(module, name, buffer)
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
