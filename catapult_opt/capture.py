@@ -223,7 +223,7 @@ class Capture:
 
     def _append(self, call: LossCall, loss: Tensor) -> None:
         self._calls.append(call)
-        loss.register_hook(_Weigh(self, call))
+        loss.register_hook(_Weigh(self, call))  # type: ignore[no-untyped-call]
 
     def _backward_ran(self, call: LossCall, weight: Tensor) -> None:
         finished = any(c.weight is not None for c in self._calls)

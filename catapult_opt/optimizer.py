@@ -190,7 +190,7 @@ class CatapultSGD(Optimizer):
         if self._session is not None:
             self._session.capture.drop_finished()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update at the controller's rate.
 
         Args:
