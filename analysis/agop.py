@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from catapult_opt.replay import preserved
 
 __all__ = ["agop", "alignment"]
 
@@ -17,9 +18,10 @@ def agop(model: nn.Module, inputs: Tensor, *, batch_size: int = 1024) -> Tensor:
     ``J(x_i)`` (c, d) is the Jacobian of the model's c outputs for sample i with respect to that sample; for one output
     this is ``(1/n) sum_i grad f(x_i) grad f(x_i)^T``. It is a mean over samples and a sum over outputs.
 
-    The model runs in eval mode, on chunks of ``batch_size``: outputs have to depend on their own sample alone, which
-    BatchNorm in train mode breaks. Parameters, their ``.grad``, buffers, random number generators and train/eval modes
-    are left bit for bit as they were; forward hooks see the calls.
+    The model runs in eval mode and without autocast, on chunks of ``batch_size``: outputs have to depend on their own
+    sample alone, which BatchNorm in train mode breaks. Parameters, their ``.grad``, buffers, random number generators
+    and train/eval modes are left bit for bit as they were. The model's forward hooks run, but `CatapultMonitor` and
+    `CatapultSGD` take no notice, so that it may be called anywhere in a training loop.
 
     Args:
         model: maps (n, ...) to a tensor (n, ...), on the inputs' device; any module that autograd can differentiate.
@@ -44,7 +46,8 @@ def agop(model: nn.Module, inputs: Tensor, *, batch_size: int = 1024) -> Tensor:
     """
     _check_inputs(inputs, batch_size)
     d = inputs[0].numel()
-    with _undisturbed(model, inputs.device), torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), preserved(model, None, list(model.parameters())):
+        model.eval()
         total = inputs.new_zeros(d, d)
         for chunk in torch.split(inputs.detach(), batch_size):
             for gradients in _output_gradients(model, chunk):
@@ -91,28 +94,6 @@ def _output_gradients(model: nn.Module, chunk: Tensor) -> Iterator[Tensor]:
         if gradient is None:
             raise ValueError("model's outputs do not depend on inputs through autograd: does it detach them?")
         yield gradient.reshape(len(x), -1)
-
-
-@contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run the model in eval mode, and put modes, buffers and random number generators back."""
-    modes = [(module, module.training) for module in model.modules()]
-    # The version counter tells a buffer that was written to: only that one is restored, as a copy would invalidate
-    # a graph that the caller may still hold.
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
-    # fork_rng looks for accelerators by itself unless it is told which devices matter.
-    forked = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=forked):
-            model.eval()
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, version, saved in buffers:
-                if buffer._version != version:
-                    buffer.copy_(saved)
-        for module, mode in modes:
-            module.training = mode
 
 
 def _check_inputs(inputs: Tensor, batch_size: int) -> None:

@@ -7,12 +7,14 @@ import time
 
 import pytest
 import torch
-from catapult_opt.analysis.agop import agop, alignment
-from catapult_opt.analysis.networks import ntk_mlp
-from catapult_opt.analysis.tasks import rank
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from catapult_opt import CatapultSGD
+from catapult_opt.analysis.agop import agop, alignment
+from catapult_opt.analysis.networks import ntk_mlp
+from catapult_opt.analysis.tasks import rank
 
 
 class Polynomial(nn.Module):
@@ -136,6 +138,31 @@ def test_works_where_gradients_are_switched_off(context):
     with context():
         inside = agop(model, x)
     assert torch.equal(inside, agop(model, x))
+
+
+@pytest.mark.parametrize("between", ["zero_grad", "forward", "backward", "step"])
+def test_an_optimizer_that_watches_the_model_takes_no_notice(between):
+    def rates(watch):
+        model, criterion = ntk_mlp(6, 8, 2, generator=torch.Generator().manual_seed(0)), nn.MSELoss()
+        optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion)
+        found = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            watch("zero_grad", model)
+            loss = criterion(model(x), y)
+            watch("forward", model)
+            loss.backward()
+            watch("backward", model)
+            optimizer.step()
+            watch("step", model)
+            found.append((optimizer.last.lambda_max, optimizer.param_groups[0]["effective_lr"]))
+        return found
+
+    x, y = torch.randn(5, 6), torch.randn(5, 1)
+    torch.manual_seed(0)
+    alone = rates(lambda *_: None)
+    torch.manual_seed(0)
+    assert rates(lambda place, model: agop(model, x) if place == between else None) == alone
 
 
 def test_frozen_parameters_do_not_matter():

@@ -4,9 +4,10 @@ import doctest
 
 import pytest
 import torch
+from torch import nn
+
 from catapult_opt.analysis import networks
 from catapult_opt.analysis.networks import NTKLinear, ntk_mlp
-from torch import nn
 
 
 def seeded(seed=0):

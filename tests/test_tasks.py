@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+
 from catapult_opt.analysis import tasks
 
 RANKS = [2, 3, 4]
