@@ -254,7 +254,7 @@ class CatapultMonitor:
     training steps each, so `every` sets the price.
 
     Args:
-        optimizer: any `torch.optim.SGD` or `CatapultSGD` whose steps are watched.
+        optimizer: the `torch.optim.SGD` whose steps are watched (`CatapultSGD` watches itself).
         model: the module whose outputs reach the criterion.
         criterion: the loss module called in the loop; a plain function must be called through `monitor.criterion`;
             None where the model returns the loss.
@@ -343,13 +343,29 @@ class CatapultMonitor:
         self._handle.remove()
         self._session.detach()
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args and args[0] is not None or kwargs.get("closure") is not None:
-            return  # the closure runs inside step(): too late for this hook
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Observe now, or right after the closure where forward and backward run inside step(closure)."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            self._observe(optimizer)
+            return None
+
+        def observed() -> Any:
+            loss = closure()
+            with torch.no_grad():
+                self._observe(optimizer)
+            return loss
+
+        rest = {name: value for name, value in kwargs.items() if name != "closure"}
+        return (args[0], observed), rest
+
+    def _observe(self, optimizer: Optimizer) -> None:
         if self._session.saw_nothing():
             return
         groups = [g for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
-        rate, scale = relative_rates(groups, "effective_lr" if "effective_lr" in groups[0] else "lr")
+        rate, scale = relative_rates(groups)
         seen = self._session.observe(self._vector, scale, lambda lam: critical_rate(groups, lam))
         if seen.vector is not None:
             self._vector = seen.vector
