@@ -78,8 +78,13 @@ def test_super_critical_steps_are_counted_throughout_where_no_validation_loss_is
     assert (accuracy_only.super_critical, accuracy_only.super_critical_until) == (3, None)
 
 
+def test_super_critical_steps_count_up_to_and_with_the_best_validation_step():
+    for best, count in ((1, 0), (2, 1), (3, 2), (6, 3)):
+        assert summarize(make_log(metrics={best: {"val_loss": 0.1}, 8: {"val_loss": 0.2}})).super_critical == count
+
+
 def test_match_rate_takes_the_full_training_loss_where_it_is_logged():
-    # After 0 to 4 updates. Step 1 falls; 2 and 3 rise and are super-critical; 4 rises and is not; the others have no pair.
+    # After 0 to 4 updates. Step 1 falls; 2 and 3 rise, super-critical; 4 rises and is not; the others have no pair.
     train = {t: {"train_loss": value} for t, value in enumerate([1.0, 0.5, 0.6, 0.7, 0.9])}
     summary = summarize(make_log(metrics=train))
     assert (summary.match_loss, summary.match_rises) == ("train_loss", 3)
@@ -98,6 +103,10 @@ def test_match_rate_skips_steps_that_are_missing_from_the_log():
     del log.steps[2]  # step 3: whether the loss rose at step 2 cannot be known, and 2 -> 4 is not a step
     summary = summarize(log)
     assert (summary.match_rises, summary.match_rate) == (2, 0.5)
+
+
+def test_loss_that_stays_the_same_has_not_risen():
+    assert summarize(make_log(loss=[1.0, 0.5, 0.5, 0.5, 0.4, 0.4, 0.4, 0.4])).match_rises == 0
 
 
 def test_match_rate_is_unknown_not_zero_where_the_loss_never_rose():
