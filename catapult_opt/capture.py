@@ -7,12 +7,13 @@ needed to run the forward pass again (see `replay`). Calls whose backward pass n
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .replay import ForwardCall, is_measuring, record_forward
 from .trees import tensors_in
@@ -61,6 +62,8 @@ class LossCall:
     inputs: list[Tensor] = field(default_factory=list)  # the tensors among args that depend on the model's outputs
     forwards: list[ForwardCall] = field(default_factory=list)
     link: Link | None = None  # from the model's outputs to `inputs`; None: they are the same tensors
+    made: int = 0  # number of this call since the last step
+    finished: int = 0  # number of the latest call when its backward ran
 
 
 class Link:
@@ -114,25 +117,30 @@ class Capture:
     Args:
         model: the module called in the loop.
         criterion: the module called in the loop, or None where the model's output is (or holds) the loss.
-        params: the optimizer's parameters.
+        params: gives the optimizer's trainable parameters, which may change (groups added, layers unfrozen).
         outputs: with criterion None, picks the scalar loss from what the model returns.
+
+    A criterion call is kept alive by its loss until backward runs: a loss that is thrown away (validation with gradients
+    enabled) frees its graph at once, as it would without hooks.
     """
 
     def __init__(
         self,
         model: nn.Module,
         criterion: nn.Module | None,
-        params: Iterable[Tensor],
+        params: Callable[[], Sequence[Tensor]],
         outputs: Callable[[Any], Any] | None = None,
     ) -> None:
         self.model = model
         self.criterion = criterion
         self.armed = False
         self.forwards_seen = 0
-        self._params = list(params)
+        self._calls_seen = 0
+        self._params = params
         self._outputs = outputs
-        self._calls: list[LossCall] = []
-        self._forwards: list[ForwardCall] = []
+        self._done: list[LossCall] = []  # backward ran
+        self._forwards: list[ForwardCall] = []  # not used by a criterion call yet
+        self._used: list[weakref.ref[ForwardCall]] = []  # alive as long as a call that uses them
         self._started: list[ForwardCall] = []
         self._handles = [
             model.register_forward_pre_hook(_Hook(self, "_before_forward"), with_kwargs=True),
@@ -141,6 +149,7 @@ class Capture:
         if criterion is not None:
             hook = _Hook(self, "_after_criterion")
             self._handles.append(criterion.register_forward_hook(hook, with_kwargs=True))
+        weakref.finalize(self, _remove, self._handles)
 
     def arm(self, on: bool = True) -> None:
         """From the next forward pass on, keep what a measurement needs (or only the loss values)."""
@@ -148,18 +157,18 @@ class Capture:
 
     def take(self) -> list[LossCall]:
         """The step's loss calls whose backward pass ran, and forget everything: the next step starts clean."""
-        calls = [call for call in self._calls if call.weight is not None]
+        calls = self._done
         self.clear()
         return calls
 
     @property
     def pending(self) -> bool:
-        """Is there any criterion call since the last step?"""
-        return bool(self._calls)
+        """Was there any criterion call since the last step?"""
+        return self._calls_seen > 0
 
     def problem(self) -> str | None:
         """Why the step has no loss to work with and what to do, or None."""
-        if any(call.weight is not None for call in self._calls):
+        if self._done:
             return None
         name = type(self.model).__name__
         if self.forwards_seen == 0:
@@ -167,7 +176,7 @@ class Capture:
                 f"step() found no forward pass of model ({name}) with gradients enabled since the last step: "
                 "call the very module passed as model=, not under torch.no_grad()"
             )
-        if not self._calls:
+        if not self.pending:
             what = "loss that needs gradients" if self.criterion is None else f"call of {type(self.criterion).__name__}"
             return (
                 f"step() found a forward pass of model ({name}) but no {what}: call the very criterion passed as "
@@ -176,18 +185,16 @@ class Capture:
         return "step() found no backward pass since the last step: call loss.backward() first"
 
     def clear(self) -> None:
-        self._calls, self._forwards, self._started = [], [], []
-        self.forwards_seen = 0
+        self._done, self._forwards, self._used, self._started = [], [], [], []
+        self.forwards_seen = self._calls_seen = 0
 
     def drop_finished(self) -> None:
         """Forget the calls whose backward pass already ran: their gradients were thrown away (zero_grad)."""
-        self._calls = [call for call in self._calls if call.weight is None]
+        self._done = []
 
     def detach(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        _remove(self._handles)
         self.clear()
 
     # hooks; all return None, so that nothing of the user's is changed
@@ -197,7 +204,7 @@ class Capture:
             return
         self.forwards_seen += 1
         if self.armed:
-            self._started.append(record_forward(self.model, self._params, args, kwargs))
+            self._started.append(record_forward(self.model, self._params(), args, kwargs))
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if is_measuring() or not torch.is_grad_enabled():
@@ -217,20 +224,29 @@ class Capture:
         if not scalar_loss(loss).requires_grad:
             return
         call = LossCall(loss.detach(), criterion=module)
-        if self.armed and self._forwards:
-            connect(call, self._forwards, args, kwargs)
+        if self.armed:
+            self._connect(call, args, kwargs)
         self._append(call, loss)
 
+    def _connect(self, call: LossCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        used = [forward for ref in self._used if (forward := ref()) is not None]
+        connect(call, [*used, *self._forwards], args, kwargs)
+        self._used = [weakref.ref(forward) for forward in _unique([*used, *call.forwards])]
+        self._forwards = [f for f in self._forwards if not any(f is forward for forward in call.forwards)]
+
     def _append(self, call: LossCall, loss: Tensor) -> None:
-        self._calls.append(call)
+        self._calls_seen += 1
+        call.made = self._calls_seen
         loss.register_hook(_Weigh(self, call))  # type: ignore[no-untyped-call]
 
     def _backward_ran(self, call: LossCall, weight: Tensor) -> None:
-        finished = any(c.weight is not None for c in self._calls)
-        if finished and all(p.grad is None for p in self._params):
-            # Gradients were reset since the last backward pass and no step came: it was skipped (GradScaler).
-            self.drop_finished()
-        call.weight = weight.detach()
+        if self._done and all(p.grad is None for p in self._params()):
+            # Gradients were reset and no step came: that one was skipped (GradScaler). Terms of this same backward pass
+            # have no gradients yet either, but they had not finished when this call was made.
+            self._done = [done for done in self._done if done.finished >= call.made]
+        call.weight, call.finished = weight.detach(), self._calls_seen
+        if not any(done is call for done in self._done):
+            self._done.append(call)
 
 
 class _Hook:
@@ -259,6 +275,11 @@ class _Weigh:
         capture = self._capture()
         if capture is not None and not is_measuring():
             capture._backward_ran(self._call, grad)
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
 
 
 def loss_of(output: Any, outputs: Callable[[Any], Any] | None) -> Tensor:

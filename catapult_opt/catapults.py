@@ -27,16 +27,19 @@ class _State:
     super_critical: int = 0
     catapults: int = 0
     collapses: int = 0
+    steps: int = 0
     measured: int = 0
+    loss: float = 0.0  # running mean (the last value where nothing is averaged)
+    curvature: float = 0.0  # likewise
+    eta_crit: float = 0.0  # last measured
     first_curvature: float = 0.0
     low: float = math.inf  # level of the loss before the rise
     low_curvature: float = 0.0  # curvature there
     peak: float = 0.0
     spiking: bool = False
     peaked: bool = False
+    back: bool = False  # a spike returned, its curvature is not measured yet
     collapsed: bool = False
-    mean_loss: float = 0.0
-    mean_curvature: float = 0.0
 
 
 class CatapultCounter:
@@ -47,7 +50,7 @@ class CatapultCounter:
 
     Example:
         >>> counter = CatapultCounter()
-        >>> for loss, lam in [(1.0, 4.0), (5.0, 4.0), (9.0, 3.0), (0.9, 1.0)]:
+        >>> for loss, lam in [(1.0, 4.0), (5.0, 4.0), (9.0, 3.0), (0.9, 1.0), (0.8, 1.0)]:
         ...     events = counter.update(loss=loss, lambda_max=lam, rate=1.0, eta_crit=2 / lam)
         >>> counter.catapults, counter.super_critical_steps
         (1, 3)
@@ -79,58 +82,75 @@ class CatapultCounter:
         self._state = _State(**state)
 
     def update(
-        self, *, loss: float, lambda_max: float, rate: float, eta_crit: float, smoothing: int = 1
+        self,
+        *,
+        loss: float,
+        rate: float,
+        lambda_max: float | None = None,
+        eta_crit: float | None = None,
+        smoothing: int = 1,
     ) -> list[Event]:
-        """One measured step: its loss, curvature, rate and critical rate; gives the events it completes.
+        """One step: loss, rate, and where measured curvature and critical rate; gives the events it completes.
 
-        With smoothing > 1 (mini-batches) episodes are read off running means; the super-critical count never is.
+        Only measured steps are counted as super-critical; in between, episodes go by the last values known, and are
+        counted once a measurement confirms that the curvature is lower. With smoothing > 1 (mini-batches) episodes are
+        read off running means; the super-critical count never is.
         """
         s = self._state
-        s.measured += 1
-        s.super_critical += is_super_critical(rate, eta_crit)
-        if not math.isfinite(loss):
+        s.steps += 1
+        if eta_crit is not None and lambda_max is not None:
+            s.measured += 1
+            s.super_critical += is_super_critical(rate, eta_crit)
+            s.eta_crit = eta_crit
+            s.curvature += (lambda_max - s.curvature) / min(s.measured, smoothing)
+            s.first_curvature = s.first_curvature or lambda_max
+        if not math.isfinite(loss) or s.measured == 0:
             return []
-        weight = 1.0 / min(s.measured, smoothing)
-        s.mean_loss += weight * (loss - s.mean_loss)
-        s.mean_curvature += weight * (lambda_max - s.mean_curvature)
-        s.first_curvature = s.first_curvature or lambda_max
-        return self._collapse() or self._episode(is_super_critical(rate, eta_crit))
+        s.loss += (loss - s.loss) / min(s.steps, smoothing)
+        events = self._confirm() if eta_crit is not None else []
+        return events + (self._collapse() or self._episode(is_super_critical(rate, s.eta_crit)))
+
+    def _confirm(self) -> list[Event]:
+        """A spike that came back is a catapult if the curvature is lower than before it."""
+        s = self._state
+        if not s.back:
+            return []
+        s.back = False
+        if not s.curvature < s.low_curvature:
+            return []
+        s.catapults += 1
+        return [("catapult_recovered", {"peak": s.peak, "curvature_ratio": s.curvature / s.low_curvature})]
 
     def _collapse(self) -> list[Event]:
         s = self._state
-        vanished = s.mean_curvature <= _COLLAPSED * s.first_curvature
+        vanished = s.curvature <= _COLLAPSED * s.first_curvature
         news = vanished and not s.collapsed
         s.collapsed = vanished
         if not news:
             return []
         s.collapses += 1
-        s.spiking = False
-        return [("collapse", {"lambda_max": s.mean_curvature, "loss": s.mean_loss})]
+        s.spiking = s.back = False
+        return [("collapse", {"lambda_max": s.curvature, "loss": s.loss})]
 
     def _episode(self, super_critical: bool) -> list[Event]:
         s = self._state
-        loss, curvature = s.mean_loss, s.mean_curvature
-        if not s.spiking:
-            if loss > _SPIKE * s.low:
-                s.spiking, s.peaked, s.peak = True, False, loss
-                return [("catapult_started", {"loss": loss, "low": s.low})]
-            # A rise counts from the lowest loss of the super-critical steps that led to it.
-            if super_critical and loss <= s.low:
-                s.low, s.low_curvature = loss, curvature
-            elif loss <= s.low:
-                s.low = math.inf
+        if s.spiking:
+            return self._spike()
+        if s.loss > _SPIKE * s.low:
+            s.spiking, s.peaked, s.peak = True, False, s.loss
+            return [("catapult_started", {"loss": s.loss, "low": s.low})]
+        # A rise counts from the lowest loss of the super-critical steps that led to it.
+        if s.loss <= s.low:
+            s.low, s.low_curvature = (s.loss, s.curvature) if super_critical else (math.inf, 0.0)
+        return []
+
+    def _spike(self) -> list[Event]:
+        s = self._state
+        if s.loss > s.peak:
+            s.peak = s.loss
             return []
-        if loss > s.peak:
-            s.peak = loss
-            return []
-        events: list[Event] = []
-        if not s.peaked:
-            s.peaked = True
-            events.append(("catapult_peaked", {"peak": s.peak}))
-        if loss <= s.low:
-            if curvature < s.low_curvature:
-                s.catapults += 1
-                ratio = curvature / s.low_curvature
-                events.append(("catapult_recovered", {"loss": loss, "peak": s.peak, "curvature_ratio": ratio}))
-            s.spiking, s.low = False, math.inf
+        events: list[Event] = [] if s.peaked else [("catapult_peaked", {"peak": s.peak})]
+        s.peaked = True
+        if s.loss <= s.low:
+            s.spiking, s.back, s.low = False, True, math.inf
         return events

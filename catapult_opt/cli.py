@@ -250,11 +250,11 @@ def _watch(paths: Sequence[Path], sort: str | None, seconds: float) -> int:
 
 def _live_report(paths: Sequence[Path], sort: str | None, console: Console) -> RenderableType:
     logs, errors, _ = _read(paths)  # the line being written may be cut off: no matter here
-    parts: list[RenderableType] = []
+    # Above the report, which may be longer than the terminal is high.
+    parts: list[RenderableType] = [Text(f"{time.strftime('%H:%M:%S')}  Ctrl-C ends this\n", style="dim")]
+    parts += [Text(f"waiting: {reports.clean(error)}\n", style="yellow") for error in errors]
     if logs:
         parts.append(reports.layout([reports.summarize(log) for log in logs], logs, console, sort=sort))
-    parts += [Text(f"waiting: {reports.clean(error)}", style="yellow") for error in errors]
-    parts.append(Text(f"\n{time.strftime('%H:%M:%S')}  Ctrl-C ends this", style="dim"))
     return Group(*parts)
 
 

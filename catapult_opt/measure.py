@@ -46,7 +46,7 @@ def measure(
     start: Vector | None = None,
     step: StepSize | None = None,
     outputs: Callable[[Any], Any] | None = None,
-    scale: Sequence[float] | None = None,
+    scale: Sequence[float | Tensor] | None = None,
     tol: float = 0.02,
     max_matvecs: int = 5,
 ) -> tuple[CriticalLR, Vector]:
@@ -58,7 +58,7 @@ def measure(
         start: warm-start vector, one tensor per parameter (None or all zeros: random).
         step: finite-difference step, calibrated in place.
         outputs: with criterion None, picks the loss from the model's output.
-        scale: relative rate of each parameter, see `operators`.
+        scale: relative rate of each parameter (over its preconditioner), see `operators`.
         tol, max_matvecs: see `top_eigenvalue`.
 
     Raises:

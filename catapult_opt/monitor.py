@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 import warnings
+import weakref
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .bases import BaseUpdate, check_supported, next_update
 from .capture import Capture, LossCall, as_module
 from .catapults import CatapultCounter, Event, is_super_critical
-from .curvature.critical import sgd_critical_lr
 from .curvature.operators import StepSize
 from .curvature.vectors import Vector
-from .measure import CriticalLR, MeasurementError, MeasurementWarning, measure, trainable
-from .replay import is_measuring
+from .measure import CriticalLR, MeasurementWarning, measure, trainable
 from .runlog import RunLogWriter
 from .trees import tensors_in
 
@@ -47,7 +47,7 @@ class Session:
         face: name of the public class, for the log.
         optimizer: whose parameters are trained.
         model, criterion, outputs: see `CatapultSGD`.
-        every: measure every so many steps.
+        every: measure at least every so many steps; None: only when asked to (`record`).
         log: path of the run log, or None.
         settings: for the header of the log.
     """
@@ -60,19 +60,18 @@ class Session:
         criterion: Any,
         *,
         outputs: Callable[[Any], Any] | None,
-        every: int,
+        every: int | None,
         log: str | os.PathLike[str] | None,
         settings: dict[str, Any],
     ) -> None:
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        _check_model(model, params)
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        check_model(model, [p for group in optimizer.param_groups for p in group["params"]])
+        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             raise ValueError(f"every must be a whole number >= 1, got {every!r}")
         if outputs is not None and criterion is not None:
-            raise ValueError(f"outputs picks the loss where criterion is None; got outputs={outputs!r} with a criterion")
+            raise ValueError(f"outputs picks the loss where criterion is None, got outputs={outputs!r} and a criterion")
         self.model = model
         self.criterion = None if criterion is None else as_module(criterion)
-        self.params = [p for p in params if p.requires_grad]
+        self._optimizer = weakref.ref(optimizer)  # no cycle: hooks and log go when the optimizer goes
         self.counter = CatapultCounter()
         self.step = 0
         self.last: CriticalLR | None = None
@@ -83,23 +82,31 @@ class Session:
         self._writer = None if log is None else RunLogWriter(log)
         self._started = False
         self._repeated = False
-        self._previous: Tensor | None = None
-        self.capture = Capture(model, self.criterion, self.params, outputs)
+        self._due: int | None = None  # step of the next measurement asked for
+        self._previous = ""  # fingerprint of the last measured batch
+        self.capture = Capture(model, self.criterion, self._trainable, outputs)
         self.capture.arm()
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The optimizer's trainable parameters at present: groups are added and layers unfrozen along the way."""
+        return self._trainable()
+
+    def _trainable(self) -> list[Tensor]:
+        optimizer = self._optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
+        return [p for group in groups for p in group["params"] if p.requires_grad]
 
     def saw_nothing(self) -> bool:
         """No forward pass since the last step: the call of an initialiser, or a mistake."""
         return self.capture.forwards_seen == 0 and not self.capture.pending
 
-    def observe(
-        self, start: Vector | None, scale: Sequence[float] | None, critical: Callable[[float], float]
-    ) -> Observation:
+    def observe(self, start: Vector | None, update: BaseUpdate) -> Observation:
         """Take the step's captured calls; on a measured step find its critical rate.
 
         Args:
             start: warm-start vector.
-            scale: relative rate of each parameter.
-            critical: lambda_max -> critical rate of the base update.
+            update: what the base optimizer is about to do.
 
         Raises:
             RuntimeError: nothing was captured; says what to do.
@@ -116,13 +123,21 @@ class Session:
         if self.capture.armed:
             self._start_log(calls)
             self._notice_repetition(calls)
-            found, vector = self._measure(calls, start, scale, critical)
+            if math.isfinite(loss) or self.counter.measured_steps == 0:
+                found, vector = self._measure(calls, start, update)
             self.last = found or self.last
         seconds = time.perf_counter() - begun
         return Observation(loss, found, vector, seconds, 1 if self._repeated else _MINI_BATCH_SMOOTHING)
 
-    def record(self, seen: Observation, rate: float, phase: str | None, events: Sequence[Event] = ()) -> None:
-        """Count and log the step just decided; then get ready for the next."""
+    def record(
+        self,
+        seen: Observation,
+        rate: float,
+        phase: str = "watch",
+        events: Sequence[Event] = (),
+        measure_in: int | None = None,
+    ) -> None:
+        """Count and log the step just decided; measure again in `measure_in` steps at the latest."""
         record: dict[str, Any] = {"loss": seen.loss, "effective_lr": rate}
         found = seen.critical
         events = list(events)
@@ -133,26 +148,32 @@ class Session:
                 "residual": found.residual,
                 "matvecs": found.matvecs,
                 "super_critical": is_super_critical(rate, found.eta_crit),
-                "phase": phase or "watch",
+                "phase": phase,
                 "probe_seconds": seen.seconds,
             }
             if found.ntk_lambda_max is not None:
                 record["ntk_lambda_max"] = found.ntk_lambda_max
-            events += self.counter.update(
-                loss=seen.loss,
-                lambda_max=found.lambda_max,
-                rate=rate,
-                eta_crit=found.eta_crit,
-                smoothing=seen.smoothing,
-            )
+        events += self.counter.update(
+            loss=seen.loss,
+            rate=rate,
+            lambda_max=None if found is None else found.lambda_max,
+            eta_crit=None if found is None else found.eta_crit,
+            smoothing=seen.smoothing,
+        )
         if self._writer is not None:
             self._writer.step({"step": self.step, **record})
             for name, details in events:
                 self._writer.event(self.step, name, **details)
+        if measure_in is not None:
+            due = self.step + measure_in
+            # A measurement already planned earlier stays: the intervals of a new phase do not push it out.
+            self._due = due if found is not None else min(self._due or due, due)
         self.arm_next()
 
     def arm_next(self) -> None:
-        self.capture.arm(self.step % self._every == 0)
+        upcoming = self.step + 1
+        wanted = self._due is not None and upcoming >= self._due
+        self.capture.arm(wanted or (self._every is not None and self.step % self._every == 0))
 
     def log_metrics(self, values: dict[str, float]) -> None:
         """Write metrics of the user's own at the present step."""
@@ -179,6 +200,8 @@ class Session:
             "counter": self.counter.state_dict(),
             "step_size": self.step_size.relative,
             "repeated": self._repeated,
+            "batch": self._previous,
+            "due": self._due,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -186,13 +209,12 @@ class Session:
         self.counter.load_state_dict(state["counter"])
         self.step_size.relative = state["step_size"]
         self._repeated = state["repeated"]
+        self._previous = state["batch"]
+        self._due = state["due"]
+        self.arm_next()
 
     def _measure(
-        self,
-        calls: Sequence[LossCall],
-        start: Vector | None,
-        scale: Sequence[float] | None,
-        critical: Callable[[float], float],
+        self, calls: Sequence[LossCall], start: Vector | None, update: BaseUpdate
     ) -> tuple[CriticalLR | None, Vector | None]:
         try:
             found, vector = measure(
@@ -203,10 +225,10 @@ class Session:
                 start=start,
                 step=self.step_size,
                 outputs=self._outputs,
-                scale=scale,
+                scale=update.scale,
             )
         except Exception as error:
-            if self.last is None:
+            if self.counter.measured_steps == 0:
                 raise
             warnings.warn(
                 f"step {self.step} could not be measured, the last critical rate is kept: {error}",
@@ -216,7 +238,7 @@ class Session:
             if self._writer is not None:
                 self._writer.event(self.step, "measurement_failed", reason=str(error))
             return None, None
-        eta_crit = critical(found.lambda_max)
+        eta_crit = update.critical(found.lambda_max)
         return CriticalLR(**{**vars(found), "eta_crit": eta_crit}), vector
 
     def _start_log(self, calls: Sequence[LossCall]) -> None:
@@ -240,10 +262,9 @@ class Session:
         tensors = [t for call in calls for f in call.forwards for t in tensors_in((f.args, f.kwargs))]
         if not tensors:
             return
-        batch = tensors[0]
-        if self._previous is not None:
-            same_kind = batch.shape == self._previous.shape and batch.dtype == self._previous.dtype
-            self._repeated = batch is self._previous or (same_kind and torch.equal(batch, self._previous))
+        batch = _fingerprint(tensors[0])
+        if self._previous:
+            self._repeated = batch == self._previous
         self._previous = batch
 
 
@@ -254,7 +275,7 @@ class CatapultMonitor:
     training steps each, so `every` sets the price.
 
     Args:
-        optimizer: the `torch.optim.SGD` whose steps are watched (`CatapultSGD` watches itself).
+        optimizer: torch's SGD, Adam, AdamW, RMSprop or Adagrad; measured is that update's own critical rate (`bases`).
         model: the module whose outputs reach the criterion.
         criterion: the loss module called in the loop; a plain function must be called through `monitor.criterion`;
             None where the model returns the loss.
@@ -286,10 +307,7 @@ class CatapultMonitor:
         log: str | os.PathLike[str] | None = None,
         outputs: Callable[[Any], Any] | None = None,
     ) -> None:
-        if not isinstance(optimizer, torch.optim.SGD):
-            raise TypeError(
-                f"optimizer must be a torch.optim.SGD, whose critical rate is known, got {type(optimizer).__name__}"
-            )
+        check_supported(optimizer)
         self._optimizer = optimizer
         settings = {"every": every, "optimizer": type(optimizer).__name__, **_plain(optimizer.defaults)}
         self._session = Session(
@@ -364,38 +382,14 @@ class CatapultMonitor:
     def _observe(self, optimizer: Optimizer) -> None:
         if self._session.saw_nothing():
             return
-        groups = [g for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
-        rate, scale = relative_rates(groups)
-        seen = self._session.observe(self._vector, scale, lambda lam: critical_rate(groups, lam))
+        update = next_update(optimizer)
+        seen = self._session.observe(self._vector, update)
         if seen.vector is not None:
             self._vector = seen.vector
-        self._session.record(seen, rate, None)
+        self._session.record(seen, update.rate)
 
 
-def relative_rates(groups: Sequence[dict[str, Any]], key: str = "lr") -> tuple[float, list[float] | None]:
-    """The largest rate of the parameters' groups, and each one's share of it (None where all are equal)."""
-    rates = [float(g[key]) for g in groups]
-    largest = max(rates)
-    if all(r == largest for r in rates):
-        return largest, None
-    return largest, [r / largest for r in rates]
-
-
-def critical_rate(groups: Sequence[dict[str, Any]], lambda_max: float) -> float:
-    """Critical rate of torch.optim.SGD with the groups' settings: the smallest of theirs."""
-    return min(
-        sgd_critical_lr(
-            lambda_max,
-            momentum=g["momentum"],
-            dampening=g["dampening"],
-            nesterov=g["nesterov"],
-            weight_decay=g["weight_decay"],
-        )
-        for g in {id(g): g for g in groups}.values()
-    )
-
-
-def _check_model(model: nn.Module, params: Sequence[Tensor]) -> None:
+def check_model(model: nn.Module, params: Sequence[Tensor]) -> None:
     known = {id(p) for p in trainable(model)}
     for i, p in enumerate(params):
         if p.requires_grad and id(p) not in known:
@@ -403,6 +397,17 @@ def _check_model(model: nn.Module, params: Sequence[Tensor]) -> None:
                 f"params: parameter {i} of shape {tuple(p.shape)} is not a parameter of model "
                 f"({type(model).__name__}): pass the model that holds it"
             )
+
+
+def _fingerprint(tensor: Tensor) -> str:
+    """The same for the same shape and values: short enough for a checkpoint, and does not keep the batch alive.
+
+    "" where the values cannot be read: a batch not known to be a repetition.
+    """
+    if tensor.is_meta or tensor.layout != torch.strided:
+        return ""
+    flat = tensor.detach().flatten().cpu().contiguous()
+    return f"{tuple(tensor.shape)} {tensor.dtype} {zlib.crc32(flat.view(torch.uint8).numpy().data):08x}"
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from .curvature.vectors import Vector
+from .bases import next_update
 from .measure import CriticalLR
-from .monitor import Session, critical_rate, relative_rates
+from .monitor import Session, check_model
 from .policy import Catapulter, CatapultPolicy, Decision
 
 _VECTOR = "catapult_vector"  # warm start of the next measurement
@@ -40,7 +40,7 @@ class CatapultSGD(Optimizer):
         lr: multiplies the controller's rate: leave it at 1, or let a scheduler drive it.
         momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable: as for torch.optim.SGD.
         policy: a `CatapultPolicy`; None for the default. `CatapultPolicy(total_steps=...)` where the length is known.
-        every: measure every so many steps; in between the rate is held.
+        every: measure at least every so many steps; None: when the policy asks for it (1: every step, the dearest log).
         log: path of the run log for `catapult-opt report`, or None.
         outputs: with criterion=None, picks the scalar loss from what the model returns.
 
@@ -73,19 +73,16 @@ class CatapultSGD(Optimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         differentiable: bool = False,
+        fused: bool | None = None,
         policy: CatapultPolicy | None = None,
-        every: int = 1,
+        every: int | None = None,
         log: str | os.PathLike[str] | None = None,
         outputs: Callable[[Any], Any] | None = None,
     ) -> None:
-        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-            if not float(value) >= 0.0 or math.isinf(float(value)):
-                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
-        if not math.isfinite(dampening):
-            raise ValueError(f"dampening must be a finite number, got {dampening!r}")
-        if nesterov and (momentum <= 0 or dampening != 0):
+        if fused:
             raise ValueError(
-                f"nesterov needs momentum > 0 and dampening = 0, got momentum={momentum!r}, dampening={dampening!r}"
+                f"fused={fused!r} is not supported: the fused kernel would take the update, and with it the rate and the "
+                "skipped steps, out of the controller's hands; leave it out (foreach=True is the fast path)"
             )
         if model is not None and (maximize or differentiable):
             name = "maximize" if maximize else "differentiable"
@@ -100,6 +97,7 @@ class CatapultSGD(Optimizer):
             "foreach": foreach,
             "differentiable": differentiable,
         }
+        _check_settings(defaults)
         super().__init__(params, defaults)
         self._session: Session | None = None
         self._machine: Catapulter | None = None
@@ -109,13 +107,29 @@ class CatapultSGD(Optimizer):
         elif not (criterion is None and policy is None and log is None and outputs is None):
             raise ValueError("criterion, policy, log and outputs need a model: pass model=, or none of them")
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; its settings are checked as those of the constructor."""
+        if isinstance(param_group, dict):
+            _check_settings({**self.defaults, **param_group})
+        session = self.__dict__.get("_session")  # not there yet while the constructor adds the first groups
+        before = len(self.param_groups)
+        super().add_param_group(param_group)
+        if session is None:
+            return
+        try:
+            check_model(session.model, self.param_groups[-1]["params"])
+        except ValueError:
+            del self.param_groups[before:]
+            raise
+        self.param_groups[-1] |= {"effective_lr": 0.0, _STATE: self.param_groups[0][_STATE]}
+
     def attach(
         self,
         *,
         model: nn.Module,
         criterion: Any,
         policy: CatapultPolicy | None = None,
-        every: int = 1,
+        every: int | None = None,
         log: str | os.PathLike[str] | None = None,
         outputs: Callable[[Any], Any] | None = None,
     ) -> None:
@@ -123,7 +137,7 @@ class CatapultSGD(Optimizer):
         if policy is not None and not isinstance(policy, CatapultPolicy):
             raise TypeError(f"policy must be a CatapultPolicy, got {policy!r}")
         policy = policy or CatapultPolicy()
-        settings = {"every": every, "policy": dataclasses.asdict(policy)}
+        settings: dict[str, Any] = {"every": every, "policy": dataclasses.asdict(policy)}
         settings |= {k: float(v) if isinstance(v, Tensor) else v for k, v in self.defaults.items()}
         session = Session(
             type(self).__name__,
@@ -140,6 +154,7 @@ class CatapultSGD(Optimizer):
         for group in self.param_groups:
             group.setdefault("effective_lr", 0.0)
             group.setdefault(_STATE, "")
+        self._load()
 
     def detach(self) -> None:
         """Remove the hooks from model and criterion and close the log. `step()` then needs a new `attach`."""
@@ -183,6 +198,17 @@ class CatapultSGD(Optimizer):
         self.__dict__.setdefault("_session", None)
         self.__dict__.setdefault("_machine", None)
         self.__dict__.setdefault("_written", None)
+        for group in self.param_groups:  # of a state dict of an older torch.optim.SGD
+            group.setdefault("nesterov", False)
+            group.setdefault("maximize", False)
+            group.setdefault("foreach", None)
+            group.setdefault("differentiable", False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict: the run then goes on as it would have gone where it was taken, to the bit."""
+        super().load_state_dict(state_dict)
+        if self._session is not None:
+            self._load()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; batches whose gradients are thrown away no longer belong to the step."""
@@ -212,7 +238,7 @@ class CatapultSGD(Optimizer):
         if self._session is None:
             self._refuse_unattached()
             self._update(None)
-        elif self._session.saw_nothing() and all(float(g["lr"]) == 0 for g in self.param_groups):
+        elif self._session.capture.problem() and all(float(g["lr"]) == 0 for g in self.param_groups):
             self._prepare_state()  # torch.distributed.checkpoint initialises state by a step of rate 0
             self._update(0.0)
         else:
@@ -227,22 +253,19 @@ class CatapultSGD(Optimizer):
         session, machine = self._session, self._machine
         assert session is not None and machine is not None
         self._load()
-        groups = [g for g in self.param_groups for p in g["params"] if p.requires_grad]
-        largest, scale = relative_rates(groups)
-        start = self._prepare_state()
-        seen = session.observe(start, scale, lambda lam: critical_rate(groups, lam))
-        if seen.critical is None:
-            decision = Decision(machine.rate, machine.phase)
-        else:
-            decision = machine.update(
-                step=session.step, loss=seen.loss, eta_crit=seen.critical.eta_crit, smoothing=seen.smoothing
-            )
-            for p, v in zip(session.params, seen.vector or [], strict=True):
+        update = next_update(self)
+        start = [self.state.get(p, {}).get(_VECTOR, torch.zeros_like(p)) for p in session.params]
+        seen = session.observe(start, update)
+        self._prepare_state()
+        eta_crit = None if seen.critical is None else seen.critical.eta_crit
+        decision = machine.update(step=session.step, loss=seen.loss, eta_crit=eta_crit, smoothing=seen.smoothing)
+        if seen.vector is not None:
+            for p, v in zip(session.params, seen.vector, strict=True):
                 self.state[p][_VECTOR].copy_(v)
         if decision.take_snapshot:
             for p in session.params:
                 self.state[p][_SNAPSHOT].copy_(p)
-        session.record(seen, largest * decision.rate, decision.phase, decision.events)
+        session.record(seen, update.rate * decision.rate, decision.phase, decision.events, decision.measure_in)
         self._store()
         return decision
 
@@ -254,7 +277,7 @@ class CatapultSGD(Optimizer):
             buffers = [self.state[p].get("momentum_buffer") if momentum else None for p in params]
             lr = group["lr"]
             if rate is not None:
-                lr = group["effective_lr"] = lr * rate
+                lr = group["effective_lr"] = float(lr) * rate
             sgd(
                 params,
                 [p.grad for p in params],  # type: ignore[misc]
@@ -280,7 +303,7 @@ class CatapultSGD(Optimizer):
             if self.state[p].get("momentum_buffer") is not None:
                 self.state[p]["momentum_buffer"].zero_()
 
-    def _prepare_state(self) -> Vector:
+    def _prepare_state(self) -> None:
         """Per-parameter tensors of the controller, all there from the first step: they shard with the parameter."""
         assert self._session is not None
         for p in self._session.params:
@@ -288,7 +311,6 @@ class CatapultSGD(Optimizer):
             if _VECTOR not in state:
                 state[_VECTOR] = torch.zeros_like(p)
                 state[_SNAPSHOT] = p.detach().clone()
-        return [self.state[p][_VECTOR] for p in self._session.params]
 
     def _store(self) -> None:
         assert self._session is not None and self._machine is not None
@@ -317,8 +339,30 @@ class CatapultSGD(Optimizer):
                     )
 
     def _refuse_unattached(self) -> None:
-        if any(group.get(_STATE) for group in self.param_groups):
+        if any(_STATE in group for group in self.param_groups):
             raise RuntimeError(
                 "this CatapultSGD was copied, unpickled or detached and has no model to measure: call "
                 "optimizer.attach(model=..., criterion=...) first"
             )
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Refuse settings that torch.optim.SGD could not use, by name and value."""
+    lr = settings["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got lr={lr!r}")
+    for name in ("lr", "momentum", "dampening", "weight_decay"):
+        value = settings[name]
+        if not isinstance(value, (int, float, Tensor)) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        number = float(value.detach() if isinstance(value, Tensor) else value)
+        if not math.isfinite(number) or (number < 0 and name != "dampening"):
+            raise ValueError(f"{name} must be a finite number{'' if name == 'dampening' else ' >= 0'}, got {value!r}")
+    for name in ("nesterov", "maximize", "differentiable"):
+        if not isinstance(settings[name], bool):
+            raise TypeError(f"{name} must be True or False, got {settings[name]!r}")
+    if settings["nesterov"] and (settings["momentum"] <= 0 or settings["dampening"] != 0):
+        raise ValueError(
+            f"nesterov needs momentum > 0 and dampening = 0, got momentum={settings['momentum']!r}, "
+            f"dampening={settings['dampening']!r}"
+        )

@@ -1,7 +1,8 @@
 """When to go above the edge: the catapult policy, in plain numbers (no torch).
 
-`CatapultPolicy` holds the settings; `Catapulter` is the state machine: one `update` per measured step with that step's
-loss and critical rate, one `Decision` back. The same losses and rates always give the same decisions.
+`CatapultPolicy` holds the settings; `Catapulter` is the state machine: one `update` a step with the step's loss and, where
+it was measured, its critical rate; one `Decision` back, which also says when the next measurement is wanted. The same
+losses and rates always give the same decisions.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ class CatapultPolicy:
     hot_steps: int = 10  # a catapult is held at the high rate at most this long
     arm_steps: int = 25  # an attempt without a spike is renewed after this long
     patience: int = 100  # a catapult not over after this long is given up, and the loss reached is the new start
+    measure_armed: int = 5  # steps between measurements while waiting for a spike,
+    measure_spiking: int = 2  # during one,
+    measure_settled: int = 50  # and after the last; a tenth of the steps averaged over if that is more
     settle: float = 0.6  # with total_steps known: no catapults after this fraction of them
     total_steps: int | None = None  # length of the training, if known
     smoothing: int | None = None  # steps to average loss and curvature over; None: 1 for a repeated batch, else 50
@@ -46,12 +50,15 @@ class CatapultPolicy:
             _check(name, getattr(self, name), above=1.0)
         _check("cool", self.cool, above=0.0, at_most=1.0)
         _check("settle", self.settle, above=0.0, at_most=1.0)
-        for name in ("hot_steps", "arm_steps", "patience", "total_steps", "smoothing"):
+        for name in (*_WHOLE, "total_steps", "smoothing"):
             value = getattr(self, name)
             if value is None and name in ("total_steps", "smoothing"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+
+
+_WHOLE = ("hot_steps", "arm_steps", "patience", "measure_armed", "measure_spiking", "measure_settled")
 
 
 def _check(name: str, value: float, *, above: float, at_most: float = math.inf) -> None:
@@ -69,6 +76,7 @@ class Decision:
     take_snapshot: bool = False  # of the weights before this update
     restore: bool = False  # put the snapshot back instead of updating
     events: tuple[Event, ...] = ()
+    measure_in: int = 1  # steps until the next measurement is wanted
 
 
 @dataclass
@@ -79,11 +87,10 @@ class _State:
     rate: float = 0.0  # held between measurements
     kappa: float = 0.0
     low: float = math.inf  # the loss to come back to
-    peak: float = 0.0
     entered: int = 0  # step at which the phase was entered
     spiked: int = 0  # step at which the loss left `low`
-    armed_curvature: float = 0.0  # 1 / eta_crit when the attempt began
-    updates: int = 0
+    updates: int = 0  # that the mean loss ran over,
+    measured: int = 0  # and the mean curvature
     mean_loss: float = 0.0
     mean_log_curvature: float = 0.0
 
@@ -116,20 +123,22 @@ class Catapulter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._state = _State(**state)
 
-    def update(self, *, step: int, loss: float, eta_crit: float, smoothing: int = 1) -> Decision:
+    def update(self, *, step: int, loss: float, eta_crit: float | None = None, smoothing: int = 1) -> Decision:
         """Decide on the rate of this step.
 
         Args:
-            step: 1-based number of the step; steps in between may have gone unmeasured.
+            step: 1-based number of the step.
             loss: of this step's batch, at the weights before the update.
-            eta_crit: critical rate of the base update for the same batch and weights; inf for no curvature.
+            eta_crit: critical rate of the base update for the same batch and weights, inf for no curvature; None on a
+                step that was not measured. The first step must be.
             smoothing: steps to average over, where the policy leaves it open.
         """
         s, p = self._state, self.policy
         if s.phase != "start" and not loss <= p.fatal * s.low:
             return self._undo(step, loss)
         h = p.smoothing or smoothing
-        loss, eta_crit = self._averaged(loss, eta_crit, h)
+        loss, measured = self._averaged(loss, eta_crit, h), eta_crit is not None
+        eta_crit = math.exp(-s.mean_log_curvature)
         events: list[Event] = []
         if p.total_steps is not None and step > p.settle * p.total_steps:
             self._enter("settle", step)
@@ -137,27 +146,39 @@ class Catapulter:
             s.low = min(s.low, loss)
             if loss > p.spike * s.low:
                 self._enter("hot", step)
-                s.spiked, s.peak = step, loss
-                events.append(("catapult_started", {"loss": loss, "low": s.low}))
+                s.spiked = step
         if s.phase == "hot" and (loss > p.quench * s.low or step - s.entered >= max(p.hot_steps, h // 2)):
             self._enter("cool", step)
         if s.phase in ("hot", "cool"):
-            events += self._recovery(step, loss, eta_crit, h)
-        fresh = s.phase == "start" or (s.phase == "arm" and step - s.entered >= max(p.arm_steps, h))
+            events += self._recovery(step, loss, eta_crit, measured, h)
+        fresh = measured and (
+            s.phase == "start" or (s.phase == "arm" and step - s.entered >= max(p.arm_steps, h))
+        )
         if fresh:
             self._arm(step, loss, eta_crit)
         s.rate = self._rate(eta_crit)
-        return Decision(s.rate, s.phase, take_snapshot=fresh, events=tuple(events))
+        return Decision(s.rate, s.phase, take_snapshot=fresh, events=tuple(events), measure_in=self._next(step, loss, h))
 
-    def _averaged(self, loss: float, eta_crit: float, h: int) -> tuple[float, float]:
+    def _next(self, step: int, loss: float, h: int) -> int:
+        """Steps until the next measurement is wanted: at once where a decision waits for it, else now and then."""
+        s, p = self._state, self.policy
+        waiting = s.phase == "start" or (s.phase == "hot" and loss <= s.low)
+        if waiting or (s.phase in ("cool", "settle") and s.entered == step):
+            return 1
+        interval = {"arm": p.measure_armed, "settle": p.measure_settled}.get(s.phase, p.measure_spiking)
+        return max(interval, h // 10)
+
+    def _averaged(self, loss: float, eta_crit: float | None, h: int) -> float:
         """Running means of the loss and of log(1 / eta_crit) over about h updates (full weight to the first ones)."""
         s = self._state
         s.updates += 1
         weight = 1.0 / min(s.updates, h)
         s.mean_loss += weight * (loss - s.mean_loss)
-        log_curvature = -math.log(min(eta_crit, _LARGEST_RATE))
-        s.mean_log_curvature += weight * (log_curvature - s.mean_log_curvature)
-        return s.mean_loss, math.exp(-s.mean_log_curvature)
+        if eta_crit is not None:
+            s.measured += 1
+            weight = 1.0 / min(s.measured, h)
+            s.mean_log_curvature += weight * (-math.log(min(eta_crit, _LARGEST_RATE)) - s.mean_log_curvature)
+        return s.mean_loss
 
     def _enter(self, phase: str, step: int) -> None:
         if self._state.phase != phase:
@@ -168,17 +189,14 @@ class Catapulter:
         s.kappa = s.kappa or p.kappa
         target = s.kappa * eta_crit
         s.rate = min(target, p.growth * s.rate) if s.rate > 0 else target
-        s.phase, s.entered, s.low, s.armed_curvature = "arm", step, loss, 1.0 / eta_crit
+        s.phase, s.entered, s.low = "arm", step, loss
 
-    def _recovery(self, step: int, loss: float, eta_crit: float, h: int) -> list[Event]:
-        """Back at the old loss and below the edge: one catapult. Too long away: take the present loss as the new one."""
+    def _recovery(self, step: int, loss: float, eta_crit: float, measured: bool, h: int) -> list[Event]:
+        """Back at the old loss and below the edge: done. Too long away: the loss reached is the new start, more gently."""
         s, p = self._state, self.policy
-        s.peak = max(s.peak, loss)
-        if loss <= s.low and (s.phase == "cool" or s.rate < eta_crit):
-            drop = 1.0 / (eta_crit * s.armed_curvature)
-            event: Event = ("catapult_recovered", {"peak": s.peak, "steps": step - s.spiked, "curvature_ratio": drop})
+        if loss <= s.low and (s.phase == "cool" or (measured and s.rate < eta_crit)):
             s.phase, s.kappa = "start", p.kappa
-            return [event]
+            return []
         if step - s.spiked >= max(p.patience, 4 * h):
             s.phase, s.kappa = "start", 1 + (s.kappa - 1) / 2
             return [("back_off", {"kappa": s.kappa, "loss": loss})]

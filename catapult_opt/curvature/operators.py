@@ -50,7 +50,7 @@ class GGN:
         params: Sequence[Tensor],
         calls: Sequence[LossCall],
         step: StepSize,
-        scale: Sequence[float] | None = None,
+        scale: Sequence[float | Tensor] | None = None,
     ) -> None:
         self._model, self._params, self._calls = model, list(params), calls
         self._mover = _Mover(self._params, scale)
@@ -109,7 +109,7 @@ class LossHessian:
         params: Sequence[Tensor],
         calls: Sequence[LossCall],
         outputs: Any = None,
-        scale: Sequence[float] | None = None,
+        scale: Sequence[float | Tensor] | None = None,
     ) -> None:
         self._model, self._params, self._calls, self._outputs = model, list(params), calls, outputs
         self._mover = _Mover(self._params, scale)
@@ -134,7 +134,7 @@ class LossHessian:
 class _Mover:
     """Puts the parameters at w + eps D^(1/2) v by pointer; w itself is never written."""
 
-    def __init__(self, params: Sequence[Tensor], scale: Sequence[float] | None) -> None:
+    def __init__(self, params: Sequence[Tensor], scale: Sequence[float | Tensor] | None) -> None:
         self._params = params
         self._origin = [p.data for p in params]
         self._roots = None if scale is None else [s**0.5 for s in scale]

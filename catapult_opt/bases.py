@@ -1,0 +1,138 @@
+"""What the next update of a base optimizer does to a quadratic: its preconditioner and its critical rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adagrad, Adam, AdamW, Optimizer, RMSprop
+
+from .curvature.critical import adam_critical_lr, sgd_critical_lr
+
+Group = dict[str, Any]
+Scale = Sequence[float | Tensor] | None
+
+
+@dataclass(frozen=True)
+class BaseUpdate:
+    """One update w <- w - rate * scale * (momentum of the gradient), seen as a linear map."""
+
+    rate: float  # the largest among the groups
+    scale: Scale  # per parameter: relative rate, over the preconditioner where there is one; None: all ones
+    critical: Callable[[float], float]  # lambda_max of scale^(1/2) G scale^(1/2) -> critical rate
+
+
+def next_update(optimizer: Optimizer) -> BaseUpdate:
+    """The update the optimizer is about to make with the gradients present.
+
+    The preconditioner P of Adam, AdamW, RMSprop and Adagrad is the one this very step will use (the running averages
+    with the present gradient in), taken as frozen; their critical rates are those of DESIGN's formulas for the
+    preconditioned curvature P^(-1/2) G P^(-1/2).
+
+    Raises:
+        TypeError: not one of torch's SGD, Adam, AdamW, RMSprop, Adagrad.
+    """
+    members = [(g, p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+    groups = {id(g): g for g, _ in members}.values()
+    rates = [float(g["lr"]) for g, _ in members]
+    largest = max(rates)
+    relative = [r / largest if largest else 1.0 for r in rates]
+    if _is_sgd(optimizer):
+        scale: Scale = None if all(r == 1.0 for r in relative) else relative
+        return BaseUpdate(largest, scale, lambda lam: min(_sgd(g, lam) for g in groups))
+    inverse, critical = _ADAPTIVE[_adaptive_kind(optimizer)]
+    tensors = [r * inverse(g, p, optimizer.state.get(p, {})) for r, (g, p) in zip(relative, members, strict=True)]
+    return BaseUpdate(largest, tensors, lambda lam: min(critical(g, lam) for g in groups))
+
+
+def check_supported(optimizer: Optimizer) -> None:
+    """A TypeError if the critical rate of this optimizer's update is not known."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if not _is_sgd(optimizer):
+        _adaptive_kind(optimizer)
+
+
+def _is_sgd(optimizer: Optimizer) -> bool:
+    """torch's SGD, or an optimizer with the same settings (CatapultSGD)."""
+    return {"momentum", "dampening", "nesterov", "weight_decay"} <= optimizer.defaults.keys()
+
+
+def _adaptive_kind(optimizer: Optimizer) -> type[Optimizer]:
+    for kind in _ADAPTIVE:
+        if isinstance(optimizer, kind):
+            return kind
+    raise TypeError(
+        f"optimizer must be one of SGD, Adam, AdamW, RMSprop, Adagrad or CatapultSGD, whose critical rates are known; "
+        f"got {type(optimizer).__name__}"
+    )
+
+
+def _sgd(g: Group, lambda_max: float) -> float:
+    return sgd_critical_lr(
+        lambda_max,
+        momentum=g["momentum"],
+        dampening=g["dampening"],
+        nesterov=g["nesterov"],
+        weight_decay=g["weight_decay"],
+    )
+
+
+def _gradient(p: Tensor) -> Tensor:
+    return torch.zeros_like(p) if p.grad is None else p.grad
+
+
+def _inverse_adam(g: Group, p: Tensor, state: dict[str, Any]) -> Tensor:
+    """1 / (sqrt(v_hat) + eps) with the bias-corrected second moment of the coming step."""
+    beta2, step = g["betas"][1], float(state.get("step", 0)) + 1
+    v: Tensor = state.get("exp_avg_sq", torch.zeros_like(p)) * beta2 + (1 - beta2) * _gradient(p) ** 2
+    if g["amsgrad"]:
+        v = torch.maximum(v, state.get("max_exp_avg_sq", v))
+    inverse: Tensor = 1.0 / ((v / (1 - beta2**step)).sqrt() + g["eps"])
+    return inverse
+
+
+def _inverse_rmsprop(g: Group, p: Tensor, state: dict[str, Any]) -> Tensor:
+    alpha, grad = g["alpha"], _gradient(p)
+    v: Tensor = state.get("square_avg", torch.zeros_like(p)) * alpha + (1 - alpha) * grad**2
+    if g["centered"]:
+        mean = state.get("grad_avg", torch.zeros_like(p)) * alpha + (1 - alpha) * grad
+        v = (v - mean**2).clamp_min(0)
+    inverse: Tensor = 1.0 / (v.sqrt() + g["eps"])
+    return inverse
+
+
+def _inverse_adagrad(g: Group, p: Tensor, state: dict[str, Any]) -> Tensor:
+    total: Tensor = state.get("sum", torch.zeros_like(p)) + _gradient(p) ** 2
+    decay = 1 + float(state.get("step", 0)) * g["lr_decay"]
+    inverse: Tensor = 1.0 / ((total.sqrt() + g["eps"]) * decay)
+    return inverse
+
+
+def _critical_adam(g: Group, lambda_max: float) -> float:
+    decoupled = g["weight_decay"] if g.get("decoupled_weight_decay") else 0.0
+    return adam_critical_lr(lambda_max, beta1=g["betas"][0], decoupled_weight_decay=decoupled)
+
+
+def _critical_adamw(g: Group, lambda_max: float) -> float:
+    return adam_critical_lr(lambda_max, beta1=g["betas"][0], decoupled_weight_decay=g["weight_decay"])
+
+
+def _critical_rmsprop(g: Group, lambda_max: float) -> float:
+    return sgd_critical_lr(lambda_max, momentum=g["momentum"])
+
+
+def _critical_adagrad(g: Group, lambda_max: float) -> float:
+    return sgd_critical_lr(lambda_max)
+
+
+_Inverse = Callable[[Group, Tensor, dict[str, Any]], Tensor]
+_ADAPTIVE: dict[type[Optimizer], tuple[_Inverse, Callable[[Group, float], float]]] = {
+    AdamW: (_inverse_adam, _critical_adamw),
+    Adam: (_inverse_adam, _critical_adam),
+    RMSprop: (_inverse_rmsprop, _critical_rmsprop),
+    Adagrad: (_inverse_adagrad, _critical_adagrad),
+}
