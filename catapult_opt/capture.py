@@ -102,11 +102,7 @@ class Link:
     def vjp(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
         """J_g^T s, one tensor per output, for one cotangent per criterion input."""
         ys = [y for y in self._jvp if y is not None and y.requires_grad]
-        ss = [
-            s.to(y.dtype)
-            for s, y in zip(cotangents, self._jvp, strict=True)
-            if y is not None and y.requires_grad
-        ]
+        ss = [s.to(y.dtype) for s, y in zip(cotangents, self._jvp, strict=True) if y is not None and y.requires_grad]
         got = torch.autograd.grad(ys, self._t, ss, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(t) if g is None else g for g, t in zip(got, self._t, strict=True)]
 

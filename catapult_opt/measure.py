@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from .capture import LossCall, as_module, connect, loss_of, scalar_loss
 from .curvature.eigensolver import EigenEstimate, top_eigenvalue
-from .curvature.operators import GGN, LossHessian, StepSize
+from .curvature.operators import ENGINES, GGN, LossHessian, Scale, StepSize
 from .curvature.vectors import Vector, random_unit
-from .replay import preserved, record_forward
+from .replay import precise, preserved, record_forward, replay
+from .trees import map_tensors
 
 
 class MeasurementWarning(UserWarning):
@@ -46,7 +47,8 @@ def measure(
     start: Vector | None = None,
     step: StepSize | None = None,
     outputs: Callable[[Any], Any] | None = None,
-    scale: Sequence[float | Tensor] | None = None,
+    scale: Scale = None,
+    engine: str = "finite-difference",
     tol: float = 0.02,
     max_matvecs: int = 5,
 ) -> tuple[CriticalLR, Vector]:
@@ -70,7 +72,8 @@ def measure(
         if criterion is None:
             operator = LossHessian(model, params, calls, outputs, scale)
         else:
-            operator = GGN(model, params, calls, step or StepSize(), scale)
+            operator = GGN(model, params, calls, step or StepSize(), scale, engine)
+        start = None if start is None else [x.to(p.dtype) for x, p in zip(start, params, strict=True)]
         if start is None or not any(bool(x.any()) for x in start):
             start = random_unit(params)
         try:
@@ -111,6 +114,7 @@ def critical_lr(
     targets: Any = None,
     *,
     curvature: str = "ggn",
+    engine: str = "finite-difference",
     outputs: Callable[[Any], Any] | None = None,
     tol: float = 5e-4,
     max_matvecs: int = 50,
@@ -127,6 +131,7 @@ def critical_lr(
         inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments of the model.
         targets: second argument of the criterion.
         curvature: "ggn" (generalized Gauss-Newton; for a squared error a multiple of the NTK) or "hessian".
+        engine: "finite-difference" (works on everything), "forward" or "double-backward" (exact where they work).
         outputs: picks what the criterion gets from what the model returns.
         tol: relative accuracy asked of lambda_max.
         max_matvecs: cap on the curvature products; `converged` is False when it was reached.
@@ -146,6 +151,8 @@ def critical_lr(
     """
     if curvature not in ("ggn", "hessian"):
         raise ValueError(f"curvature must be 'ggn' or 'hessian', got {curvature!r}")
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     params = trainable(model)
     loss_module = None if criterion is None else as_module(criterion)
     if curvature == "hessian" and loss_module is not None:
@@ -153,7 +160,9 @@ def critical_lr(
     args, kwargs = _arguments(inputs)
     with preserved(model, loss_module, params):
         call = _call_once(model, loss_module, params, args, kwargs, targets, outputs)
-    result, _ = measure(model, loss_module, params, [call], outputs=outputs, tol=tol, max_matvecs=max_matvecs)
+    result, _ = measure(
+        model, loss_module, params, [call], outputs=outputs, engine=engine, tol=tol, max_matvecs=max_matvecs
+    )
     return result
 
 
@@ -178,16 +187,16 @@ def _call_once(
 ) -> LossCall:
     """One forward pass and criterion call as a captured step leaves them. Only inside `preserved`."""
     forward = record_forward(model, params, args, kwargs)
-    output = model(*args, **kwargs)
+    output = replay(model, forward)
     forward.finish(output)
     if criterion is None:
         loss = loss_of(output, outputs)
         call = LossCall(loss.detach(), forwards=[forward])
     else:
         picked = outputs(output) if outputs is not None else output
-        loss = scalar_loss(criterion.forward(picked, targets))
+        loss = scalar_loss(criterion.forward(picked, map_tensors(targets, precise)))
         call = LossCall(loss.detach(), criterion=criterion)
-        connect(call, [forward], (picked, targets), {})
+        connect(call, [forward], (picked, map_tensors(targets, precise)), {})
     if not loss.requires_grad or not call.forwards:
         raise ValueError("criterion(model(inputs), targets) does not depend on the model's trainable parameters")
     call.weight = torch.ones_like(call.value)

@@ -80,8 +80,9 @@ class Session:
         self._outputs = outputs
         self._face, self._settings = face, settings
         self._writer = None if log is None else RunLogWriter(log)
-        self._started = False
+        self._started = self._rewound = False
         self._repeated = False
+        self._batch_size: int | None = None  # of the first step
         self._due: int | None = None  # step of the next measurement asked for
         self._previous = ""  # fingerprint of the last measured batch
         self.capture = Capture(model, self.criterion, self._trainable, outputs)
@@ -120,8 +121,8 @@ class Session:
         found: CriticalLR | None = None
         vector: Vector | None = None
         begun = time.perf_counter()
+        self._start_log(calls)
         if self.capture.armed:
-            self._start_log(calls)
             self._notice_repetition(calls)
             if math.isfinite(loss) or self.counter.measured_steps == 0:
                 found, vector = self._measure(calls, start, update)
@@ -202,15 +203,19 @@ class Session:
             "repeated": self._repeated,
             "batch": self._previous,
             "due": self._due,
+            "batch_size": self._batch_size,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        # In a log already begun, what comes next supersedes the steps after the one returned to.
+        self._started, self._rewound = False, self._started or self._rewound
         self.step = state["step"]
         self.counter.load_state_dict(state["counter"])
         self.step_size.relative = state["step_size"]
         self._repeated = state["repeated"]
         self._previous = state["batch"]
         self._due = state["due"]
+        self._batch_size = state["batch_size"]
         self.arm_next()
 
     def _measure(
@@ -245,17 +250,19 @@ class Session:
         if self._started:
             return
         self._started = True
+        if self.capture.armed:  # the first step always is; a resumed run knows from before
+            sizes = [f.batch_size for call in calls for f in call.forwards]
+            self._batch_size = sum(s for s in sizes if s is not None) or None
         if self._writer is None:
             return
-        sizes = [f.batch_size for call in calls for f in call.forwards]
         header = {
             "name": self._writer.path.stem,
             "face": self._face,
             "settings": self._settings,
-            "batch_size": sum(s for s in sizes if s is not None) or None,
+            "batch_size": self._batch_size,
             "parameters": sum(p.numel() for p in self.params),
         }
-        self._writer.start(header, resumed_at=self.step - 1 if self.step > 1 else None)
+        self._writer.start(header, resumed_at=self.step - 1 if self.step > 1 or self._rewound else None)
 
     def _notice_repetition(self, calls: Sequence[LossCall]) -> None:
         """Is this batch the same as the last one measured (full-batch training)? Then nothing has to be averaged."""

@@ -151,10 +151,7 @@ class CatapultSGD(Optimizer):
         )
         self.detach()
         self._session, self._machine, self._written = session, Catapulter(policy), None
-        for group in self.param_groups:
-            group.setdefault("effective_lr", 0.0)
-            group.setdefault(_STATE, "")
-        self._load()
+        self._complete_groups()
 
     def detach(self) -> None:
         """Remove the hooks from model and criterion and close the log. `step()` then needs a new `attach`."""
@@ -208,7 +205,7 @@ class CatapultSGD(Optimizer):
         """Load a state dict: the run then goes on as it would have gone where it was taken, to the bit."""
         super().load_state_dict(state_dict)
         if self._session is not None:
-            self._load()
+            self._complete_groups()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; batches whose gradients are thrown away no longer belong to the step."""
@@ -311,6 +308,15 @@ class CatapultSGD(Optimizer):
             if _VECTOR not in state:
                 state[_VECTOR] = torch.zeros_like(p)
                 state[_SNAPSHOT] = p.detach().clone()
+
+    def _complete_groups(self) -> None:
+        """What a controlled optimizer's groups hold; take over the state they bring along, if any."""
+        if self.param_groups[0].get(_STATE):
+            self._load()
+        else:
+            self._store()
+        for group in self.param_groups:
+            group.setdefault("effective_lr", 0.0)
 
     def _store(self) -> None:
         assert self._session is not None and self._machine is not None

@@ -151,13 +151,13 @@ class Catapulter:
             self._enter("cool", step)
         if s.phase in ("hot", "cool"):
             events += self._recovery(step, loss, eta_crit, measured, h)
-        fresh = measured and (
-            s.phase == "start" or (s.phase == "arm" and step - s.entered >= max(p.arm_steps, h))
-        )
+        fresh = measured and (s.phase == "start" or (s.phase == "arm" and step - s.entered >= max(p.arm_steps, h)))
         if fresh:
             self._arm(step, loss, eta_crit)
         s.rate = self._rate(eta_crit)
-        return Decision(s.rate, s.phase, take_snapshot=fresh, events=tuple(events), measure_in=self._next(step, loss, h))
+        return Decision(
+            s.rate, s.phase, take_snapshot=fresh, events=tuple(events), measure_in=self._next(step, loss, h)
+        )
 
     def _next(self, step: int, loss: float, h: int) -> int:
         """Steps until the next measurement is wanted: at once where a decision waits for it, else now and then."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .trees import map_tensors, tensors_in
 
@@ -67,6 +68,7 @@ class ForwardCall:
         return (
             self.base is not None
             and not self.autocast
+            and all(b.element_size() >= 4 for b in self.base)
             and [p._version for p in params] == self.versions[: len(params)]
             and [t._version for t in self.outputs] == self.output_versions
         )
@@ -90,8 +92,8 @@ def record_forward(
     )
 
 
-def replay(model: nn.Module, call: ForwardCall) -> Any:
-    """The model's output for the call's arguments at the present weights. Only inside `preserved`."""
+def replay(model: nn.Module, call: ForwardCall, weights: dict[str, Tensor] | None = None) -> Any:
+    """The model's output for the call's arguments at the present (or the given) weights. Only inside `preserved`."""
     for device, state in call.rng:
         if device is None:
             torch.set_rng_state(state)
@@ -99,22 +101,30 @@ def replay(model: nn.Module, call: ForwardCall) -> Any:
             torch.get_device_module(device).set_rng_state(state, device)
     for module, mode in zip(model.modules(), call.modes, strict=True):
         module.training = mode
-    args, kwargs = map_tensors((call.args, call.kwargs), Tensor.detach)
+    args, kwargs = map_tensors((call.args, call.kwargs), lambda t: precise(t.detach()))
+    if weights is not None:
+        return functional_call(model, weights, args, kwargs)
     return model(*args, **kwargs)
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """float32 in place of half precision, whose rounding drowns a small step."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
 
 
 @contextmanager
 def preserved(model: nn.Module, criterion: nn.Module | None, params: Sequence[Tensor]) -> Iterator[None]:
     """Restore weights, buffers, random state and train/eval flags at the end, whatever happens inside.
 
-    Weights and buffers are restored by pointer: their own storage is never written. Autocast is off inside (finite
-    differences of half-precision outputs mean nothing) and gradients are enabled.
+    Weights and buffers are restored by pointer: their own storage is never written. Inside, gradients are enabled,
+    autocast is off, and half-precision weights and buffers stand in float32.
     """
     global _measuring
     modules = [*model.modules(), *(criterion.modules() if criterion is not None else ())]
     modes = [m.training for m in modules]
     buffers = [(m, name, b) for m in modules for name, b in m.named_buffers(recurse=False)]
-    saved = [(t, t.data) for t in [*params, *(b for _, _, b in buffers)]]
+    weights = {id(p): p for p in [*params, *(p for m in modules for p in m.parameters(recurse=False))]}.values()
+    saved = [(t, t.data) for t in [*weights, *(b for _, _, b in buffers)]]
     devices = {p.device for p in params if p.device.type not in ("cpu", "meta")}
     kinds = {p.device.type for p in params} - {"meta"}
     with ExitStack() as stack:
@@ -127,7 +137,9 @@ def preserved(model: nn.Module, criterion: nn.Module | None, params: Sequence[Te
         _measuring += 1
         try:
             for _, _, buffer in buffers:
-                buffer.data = buffer.data.clone()
+                buffer.data = precise(buffer.data.clone())
+            for weight in weights:
+                weight.data = precise(weight.data)
             yield
         finally:
             _measuring -= 1

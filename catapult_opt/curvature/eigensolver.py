@@ -18,6 +18,8 @@ Matrix = npt.NDArray[np.float64]
 
 # A Krylov basis of this size restarts from its Ritz vector: keeps memory and rounding in hand.
 _BASIS = 16
+# Ritz values below this fraction of the top one take no part in the improved estimate.
+_SAFE = 0.02
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,13 @@ class _Krylov:
         squared = float(c @ self.ww @ c) - theta**2
         residual = math.sqrt(max(squared, 0.0)) / abs(theta) if theta else 0.0
         value = theta
-        # The harmonic estimate divides by v.A v: only where that is safely positive on the whole basis.
-        if semidefinite and thetas[0] > 1e-6 * theta > 0:
-            value = max(theta, float(scipy.linalg.eigh(self.ww, self.vw, eigvals_only=True)[-1]))
+        if semidefinite and theta > 0:
+            # Dividing by v.A v is safe only where that is clear of the products' own error.
+            safe = vectors[:, thetas > _SAFE * theta]
+            harmonic = scipy.linalg.eigh(
+                safe.T @ self.ww @ safe, np.diag(thetas[thetas > _SAFE * theta]), eigvals_only=True
+            )
+            value = min(max(theta, float(harmonic[-1])), theta * (1 + residual))
         return _Ritz(value, theta, c, residual)
 
     def ritz_vector(self, ritz: _Ritz) -> Vector:

@@ -1,23 +1,26 @@
-"""Curvature operators on parameter space, by finite differences of the model's forward pass.
+"""Curvature operators on parameter space, matrix-free.
 
-Both act on D^(1/2) A D^(1/2), where A is the GGN or the Hessian of the step's loss and D the diagonal of relative rates
+All act on D^(1/2) A D^(1/2), where A is the GGN or the Hessian of the step's loss and D the diagonal of relative rates
 (1 where all parameters have the same): its top eigenvalue bounds the common rate of an update with step rate * D.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..capture import LossCall, loss_of
 from ..replay import ForwardCall, replay
 from ..trees import tensors_in
 from .output_hessian import OutputHessian
 from .vectors import Vector, norm
+
+Scale = Sequence[float | Tensor] | None
 
 # Size of the step's effect on the outputs, relative to their spread: large against rounding, small against curvature.
 _TARGET = {torch.float64: 1e-6}
@@ -38,8 +41,13 @@ class StepSize:
 class GGN:
     """Generalized Gauss-Newton matrix of the step's loss: sum over its terms of J^T H_out J (weights contained).
 
-    One product is one forward pass at w + eps v and one backward pass through the graph of that same pass (DESIGN:
-    shared finite difference): t = (f(w + eps v) - f(w)) / eps, then J^T H_out t. Only inside `preserved`.
+    Only inside `preserved`.
+
+    Args:
+        model, params, calls: what was captured.
+        step: finite-difference step, calibrated in place.
+        scale: relative rate of each parameter.
+        engine: how J v is found, see `ENGINES`.
     """
 
     semidefinite = True
@@ -50,52 +58,135 @@ class GGN:
         params: Sequence[Tensor],
         calls: Sequence[LossCall],
         step: StepSize,
-        scale: Sequence[float | Tensor] | None = None,
+        scale: Scale = None,
+        engine: str = "finite-difference",
     ) -> None:
-        self._model, self._params, self._calls = model, list(params), calls
+        self._params, self._calls = list(params), calls
         self._mover = _Mover(self._params, scale)
-        self._step = step
+        self._linearize: Linearizer = ENGINES[engine](model, self._mover, calls, step)
         self.hessians = [OutputHessian(call) for call in calls]
-        self._bases = [[t for f in call.forwards for t in self._base(f)] for call in calls]
-        self._fresh = step.relative > 0
 
     def matvec(self, v: Vector) -> Vector:
         """G v."""
-        eps = self._calibrated(v) * self._mover.norm
-        self._mover.move(v, eps)
         total = [torch.zeros_like(x) for x in v]
-        for call, hessian, bases in zip(self._calls, self.hessians, self._bases, strict=True):
-            outputs = self._outputs(call)
-            tangents = [(o.detach() - b) / eps for o, b in zip(outputs, bases, strict=True)]
+        for call, hessian, (outputs, tangents) in zip(self._calls, self.hessians, self._linearize(v), strict=True):
             _accumulate(total, outputs, _through_loss(call, hessian, tangents), self._params)
         return self._mover.scaled(total)
 
-    def _calibrated(self, v: Vector) -> float:
-        """Relative step that moves the outputs by the target: a forward pass or two, once; then once a measurement."""
-        if self._fresh:
+
+# For each loss call the model's outputs, with a graph to pull cotangents back through, and their change along v.
+Linearized = Iterator[tuple[list[Tensor], list[Tensor]]]
+
+
+class Linearizer(Protocol):
+    """J v for every loss call; v -> pairs (outputs, J v)."""
+
+    def __init__(self, model: nn.Module, mover: _Mover, calls: Sequence[LossCall], step: StepSize) -> None: ...
+
+    def __call__(self, v: Vector) -> Linearized: ...
+
+
+class FiniteDifference:
+    """J v = (f(w + eps v) - f(w)) / eps: one plain forward pass, whose graph then serves the backward pass.
+
+    Works on whatever runs: no operation needs a forward-mode rule or a second derivative. f(w) is the training step's
+    own output where that still stands.
+    """
+
+    def __init__(self, model: nn.Module, mover: _Mover, calls: Sequence[LossCall], step: StepSize) -> None:
+        self._model, self._mover, self._calls, self._step = model, mover, calls, step
+        self._bases = [[t for f in call.forwards for t in self._base(f)] for call in calls]
+        self._calibrated = False
+
+    def __call__(self, v: Vector) -> Linearized:
+        eps = self._step_size(v) * self._mover.norm
+        self._mover.move(v, eps)
+        for call, bases in zip(self._calls, self._bases, strict=True):
+            outputs = _outputs(self._model, call)
+            yield outputs, [(o.detach() - b) / eps for o, b in zip(outputs, bases, strict=True)]
+
+    def _step_size(self, v: Vector) -> float:
+        """Relative step that moves the outputs by the target, from the first product of a measurement.
+
+        A step kept from the last measurement costs nothing to check: only a bad one is replaced.
+        """
+        if self._calibrated:
             return self._step.relative
-        self._fresh = True
-        dtype = self._params[0].dtype
+        self._calibrated = True
+        dtype = v[0].dtype
         first, target = _STEP.get(dtype, _STEP_DEFAULT), _TARGET.get(dtype, _TARGET_DEFAULT)
         relative = self._step.relative or first
-        for _ in range(2):
-            self._mover.move(v, relative * self._mover.norm)
-            with torch.no_grad():
-                moved = _relative_move(self._outputs(self._calls[0]), self._bases[0])
-            if moved == 0 or target / 10 <= moved <= target * 3:
-                break
-            relative = min(max(relative * target / moved, first / _STEP_RANGE), first * _STEP_RANGE)
+        if self._step.relative == 0:
+            for _ in range(2):
+                moved = self._moved(v, relative)
+                if moved == 0 or target / 10 <= moved <= target * 3:
+                    break
+                relative = min(max(relative * target / moved, first / _STEP_RANGE), first * _STEP_RANGE)
         self._step.relative = relative
         return relative
 
+    def _moved(self, v: Vector, relative: float) -> float:
+        self._mover.move(v, relative * self._mover.norm)
+        with torch.no_grad():
+            return _relative_move(_outputs(self._model, self._calls[0]), self._bases[0])
+
     def _base(self, forward: ForwardCall) -> list[Tensor]:
-        if forward.base is not None and forward.base_is_current(self._params):
+        if forward.base is not None and forward.base_is_current(self._mover.params):
             return forward.base
         with torch.no_grad():
             return [t.clone() for t in _selected(replay(self._model, forward), forward)]
 
-    def _outputs(self, call: LossCall) -> list[Tensor]:
-        return [t for f in call.forwards for t in _selected(replay(self._model, f), f)]
+
+class ForwardMode:
+    """J v by forward-mode differentiation (dual numbers): exact, where every operation has a rule; about twice the cost."""
+
+    def __init__(self, model: nn.Module, mover: _Mover, calls: Sequence[LossCall], step: StepSize) -> None:
+        self._model, self._mover, self._calls = model, mover, calls
+        ids = {id(p): i for i, p in enumerate(mover.params)}
+        self._names = {name: ids[id(p)] for name, p in model.named_parameters() if id(p) in ids}
+
+    def __call__(self, v: Vector) -> Linearized:
+        directions = self._mover.scaled(v)
+        params = self._mover.params
+        for call in self._calls:
+            with forward_ad.dual_level():
+                duals = {
+                    n: forward_ad.make_dual(params[i], directions[i])  # type: ignore[no-untyped-call]
+                    for n, i in self._names.items()
+                }
+                pairs = [
+                    forward_ad.unpack_dual(t)  # type: ignore[no-untyped-call]
+                    for f in call.forwards
+                    for t in _selected(replay(self._model, f, duals), f)
+                ]
+                tangents = [torch.zeros_like(p) if t is None else t.detach() for p, t in pairs]
+                yield [p for p, _ in pairs], tangents
+
+
+class DoubleBackward:
+    """J v as the derivative of u -> J^T u, which is linear in u: exact, where every backward pass is differentiable."""
+
+    def __init__(self, model: nn.Module, mover: _Mover, calls: Sequence[LossCall], step: StepSize) -> None:
+        self._model, self._mover, self._calls = model, mover, calls
+
+    def __call__(self, v: Vector) -> Linearized:
+        directions = self._mover.scaled(v)
+        for call in self._calls:
+            outputs = _outputs(self._model, call)
+            u = [torch.zeros_like(o, requires_grad=True) for o in outputs]
+            pulled = torch.autograd.grad(outputs, self._mover.params, u, create_graph=True, allow_unused=True)
+            used = [(g, d) for g, d in zip(pulled, directions, strict=True) if g is not None and g.requires_grad]
+            got = torch.autograd.grad(
+                [g for g, _ in used], u, [d for _, d in used], retain_graph=True, allow_unused=True
+            )
+            yield outputs, [torch.zeros_like(o) if t is None else t for t, o in zip(got, outputs, strict=True)]
+
+
+ENGINES: dict[str, type[Linearizer]] = {
+    "finite-difference": FiniteDifference,
+    "forward": ForwardMode,
+    "double-backward": DoubleBackward,
+}
 
 
 class LossHessian:
@@ -109,7 +200,7 @@ class LossHessian:
         params: Sequence[Tensor],
         calls: Sequence[LossCall],
         outputs: Any = None,
-        scale: Sequence[float | Tensor] | None = None,
+        scale: Scale = None,
     ) -> None:
         self._model, self._params, self._calls, self._outputs = model, list(params), calls, outputs
         self._mover = _Mover(self._params, scale)
@@ -134,20 +225,24 @@ class LossHessian:
 class _Mover:
     """Puts the parameters at w + eps D^(1/2) v by pointer; w itself is never written."""
 
-    def __init__(self, params: Sequence[Tensor], scale: Sequence[float | Tensor] | None) -> None:
-        self._params = params
+    def __init__(self, params: Sequence[Tensor], scale: Scale) -> None:
+        self.params = list(params)
         self._origin = [p.data for p in params]
         self._roots = None if scale is None else [s**0.5 for s in scale]
         self.norm = float(norm(self._origin)) or 1.0
 
     def move(self, v: Vector, eps: float) -> None:
-        for p, w, x in zip(self._params, self._origin, self.scaled(v), strict=True):
+        for p, w, x in zip(self.params, self._origin, self.scaled(v), strict=True):
             p.data = torch.add(w, x, alpha=eps)
 
     def scaled(self, v: Vector) -> Vector:
         if self._roots is None:
             return v
         return [x * root for x, root in zip(v, self._roots, strict=True)]
+
+
+def _outputs(model: nn.Module, call: LossCall) -> list[Tensor]:
+    return [t for f in call.forwards for t in _selected(replay(model, f), f)]
 
 
 def _selected(output: Any, forward: ForwardCall) -> list[Tensor]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..replay import precise
 from ..trees import map_tensors
 
 if TYPE_CHECKING:
@@ -23,11 +24,11 @@ class OutputHessian:
     def __init__(self, call: LossCall) -> None:
         assert call.criterion is not None and call.weight is not None
         self._weight = call.weight
-        self._z = [z.detach().float() if z.element_size() < 4 else z.detach().clone() for z in call.inputs]
+        self._z = [precise(z.detach().clone()) for z in call.inputs]
         for z in self._z:
             z.requires_grad_()
         copies = {id(old): new for old, new in zip(call.inputs, self._z, strict=True)}
-        args, kwargs = map_tensors((call.args, call.kwargs), lambda t: copies.get(id(t), t.detach()))
+        args, kwargs = map_tensors((call.args, call.kwargs), lambda t: copies.get(id(t), precise(t.detach())))
         loss = call.criterion.forward(*args, **kwargs)
         gradients = torch.autograd.grad(loss, self._z, create_graph=True, allow_unused=True)
         # A gradient without a graph is constant: the criterion is linear in that input.
