@@ -34,7 +34,8 @@ class ForwardCall:
     kwargs: dict[str, Any]
     rng: list[tuple[str | None, Tensor]]  # (None, CPU state) and (device, its state): the same dropout masks again
     modes: list[bool]  # training flag of every submodule
-    versions: list[int]  # of the parameters and the tensor arguments: were they changed since?
+    weights: list[Tensor]  # all the model's, also those that another optimizer trains
+    versions: list[int]  # of the weights and the tensor arguments: were they changed since?
     autocast: bool
     outputs: list[Tensor] = field(default_factory=list)  # those that need gradients, as the loop got them
     places: list[int] = field(default_factory=list)  # where they stand among all tensors of the output
@@ -63,13 +64,13 @@ class ForwardCall:
         tensors = tensors_in((self.args, self.kwargs))
         return [t._version for t in tensors] != self.versions[len(self.versions) - len(tensors) :]
 
-    def base_is_current(self, params: Sequence[Tensor]) -> bool:
+    def base_is_current(self) -> bool:
         """Do the kept outputs still belong to the present weights, in full precision?"""
         return (
             self.base is not None
             and not self.autocast
             and all(b.element_size() >= 4 for b in self.base)
-            and [p._version for p in params] == self.versions[: len(params)]
+            and [w._version for w in self.weights] == self.versions[: len(self.weights)]
             and [t._version for t in self.outputs] == self.output_versions
         )
 
@@ -82,12 +83,14 @@ def record_forward(
     rng: list[tuple[str | None, Tensor]] = [(None, torch.get_rng_state())]
     rng += [(str(d), torch.get_device_module(d).get_rng_state(d)) for d in devices]
     kinds = {p.device.type for p in params}
+    weights: list[Tensor] = list(model.parameters())
     return ForwardCall(
         args=args,
         kwargs=kwargs,
         rng=rng,
         modes=[m.training for m in model.modules()],
-        versions=[t._version for t in [*params, *tensors_in((args, kwargs))]],
+        weights=weights,
+        versions=[t._version for t in [*weights, *tensors_in((args, kwargs))]],
         autocast=any(torch.is_autocast_enabled(kind) for kind in kinds if kind != "meta"),
     )
 

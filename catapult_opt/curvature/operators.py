@@ -131,7 +131,7 @@ class FiniteDifference:
             return _relative_move(_outputs(self._model, self._calls[0]), self._bases[0])
 
     def _base(self, forward: ForwardCall) -> list[Tensor]:
-        if forward.base is not None and forward.base_is_current(self._mover.params):
+        if forward.base is not None and forward.base_is_current():
             return forward.base
         with torch.no_grad():
             return [t.clone() for t in _selected(replay(self._model, forward), forward)]
