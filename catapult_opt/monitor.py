@@ -173,7 +173,7 @@ class Session:
 
     def arm_next(self) -> None:
         upcoming = self.step + 1
-        wanted = self._due is not None and upcoming >= self._due
+        wanted = self.step == 0 or (self._due is not None and upcoming >= self._due)
         self.capture.arm(wanted or (self._every is not None and self.step % self._every == 0))
 
     def log_metrics(self, values: dict[str, float]) -> None:

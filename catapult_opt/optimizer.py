@@ -35,8 +35,8 @@ class CatapultSGD(Optimizer):
     Args:
         params: parameters or groups, as for torch.optim.SGD; groups of different lr keep their proportion.
         model: the module called in the loop. None: no controller, torch.optim.SGD bit for bit, and lr is the rate.
-        criterion: the loss module called in the loop, (outputs, targets) -> scalar. A plain function is wrapped: call it
-            as `optimizer.criterion(...)`. None where the model returns the loss (full Hessian instead of GGN).
+        criterion: the loss module called in the loop, (outputs, targets) -> scalar. A plain function is wrapped: call
+            it as `optimizer.criterion(...)`. None where the model returns the loss (full Hessian instead of GGN).
         lr: multiplies the controller's rate: leave it at 1, or let a scheduler drive it.
         momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable: as for torch.optim.SGD.
         policy: a `CatapultPolicy`; None for the default. `CatapultPolicy(total_steps=...)` where the length is known.
@@ -81,8 +81,8 @@ class CatapultSGD(Optimizer):
     ) -> None:
         if fused:
             raise ValueError(
-                f"fused={fused!r} is not supported: the fused kernel would take the update, and with it the rate and the "
-                "skipped steps, out of the controller's hands; leave it out (foreach=True is the fast path)"
+                f"fused={fused!r} is not supported: torch's fused kernel takes skipped steps into its own hands; "
+                "leave it out (foreach=True is the fast path)"
             )
         if model is not None and (maximize or differentiable):
             name = "maximize" if maximize else "differentiable"
@@ -133,7 +133,7 @@ class CatapultSGD(Optimizer):
         log: str | os.PathLike[str] | None = None,
         outputs: Callable[[Any], Any] | None = None,
     ) -> None:
-        """(Re)connect to a model and its criterion: after a deep copy or unpickling, which keep the state but no hooks."""
+        """(Re)connect to model and criterion: after a deep copy or unpickling, which keep the state but no hooks."""
         if policy is not None and not isinstance(policy, CatapultPolicy):
             raise TypeError(f"policy must be a CatapultPolicy, got {policy!r}")
         policy = policy or CatapultPolicy()
