@@ -73,9 +73,10 @@ def measure(
             operator = LossHessian(model, params, calls, outputs, scale)
         else:
             operator = GGN(model, params, calls, step or StepSize(), scale, engine)
-        start = None if start is None else [x.to(p.dtype) for x, p in zip(start, params, strict=True)]
         if start is None or not any(bool(x.any()) for x in start):
             start = random_unit(params)
+        else:
+            start = [x.to(p.dtype) for x, p in zip(start, params, strict=True)]
         try:
             estimate = top_eigenvalue(
                 operator.matvec, start, tol=tol, max_matvecs=max_matvecs, semidefinite=operator.semidefinite
@@ -114,7 +115,7 @@ def critical_lr(
     targets: Any = None,
     *,
     curvature: str = "ggn",
-    engine: str = "finite-difference",
+    engine: str = "auto",
     outputs: Callable[[Any], Any] | None = None,
     tol: float = 5e-4,
     max_matvecs: int = 50,
@@ -131,7 +132,8 @@ def critical_lr(
         inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments of the model.
         targets: second argument of the criterion.
         curvature: "ggn" (generalized Gauss-Newton; for a squared error a multiple of the NTK) or "hessian".
-        engine: "finite-difference" (works on everything), "forward" or "double-backward" (exact where they work).
+        engine: how products with the GGN are found: "double-backward" or "forward" (exact, where every operation has
+            the rules), "finite-difference" (works on everything); "auto" is the first with the last to fall back on.
         outputs: picks what the criterion gets from what the model returns.
         tol: relative accuracy asked of lambda_max.
         max_matvecs: cap on the curvature products; `converged` is False when it was reached.
@@ -151,8 +153,8 @@ def critical_lr(
     """
     if curvature not in ("ggn", "hessian"):
         raise ValueError(f"curvature must be 'ggn' or 'hessian', got {curvature!r}")
-    if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    if engine not in ("auto", *ENGINES):
+        raise ValueError(f"engine must be one of auto, {', '.join(ENGINES)}, got {engine!r}")
     params = trainable(model)
     loss_module = None if criterion is None else as_module(criterion)
     if curvature == "hessian" and loss_module is not None:
@@ -160,10 +162,15 @@ def critical_lr(
     args, kwargs = _arguments(inputs)
     with preserved(model, loss_module, params):
         call = _call_once(model, loss_module, params, args, kwargs, targets, outputs)
-    result, _ = measure(
-        model, loss_module, params, [call], outputs=outputs, engine=engine, tol=tol, max_matvecs=max_matvecs
-    )
-    return result
+    settings: dict[str, Any] = {"outputs": outputs, "tol": tol, "max_matvecs": max_matvecs}
+    if engine == "auto":
+        try:
+            return measure(model, loss_module, params, [call], engine="double-backward", **settings)[0]
+        except (RuntimeError, NotImplementedError) as error:
+            if isinstance(error, MeasurementError):
+                raise
+            engine = "finite-difference"  # an operation without a second derivative, as fused attention
+    return measure(model, loss_module, params, [call], engine=engine, **settings)[0]
 
 
 def trainable(model: nn.Module) -> list[Tensor]:

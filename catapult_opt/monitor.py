@@ -25,6 +25,9 @@ from .measure import CriticalLR, MeasurementWarning, measure, trainable
 from .runlog import RunLogWriter
 from .trees import tensors_in
 
+# A first measurement pays once for a good vector; later ones start from it.
+_COLD_TOL, _COLD_MATVECS = 2e-3, 20
+_TOL, _MATVECS = 0.02, 5
 # Averages of mini-batch losses and curvatures run over about this many measured steps.
 _MINI_BATCH_SMOOTHING = 50
 
@@ -221,6 +224,7 @@ class Session:
     def _measure(
         self, calls: Sequence[LossCall], start: Vector | None, update: BaseUpdate
     ) -> tuple[CriticalLR | None, Vector | None]:
+        cold = self.counter.measured_steps == 0
         try:
             found, vector = measure(
                 self.model,
@@ -231,6 +235,8 @@ class Session:
                 step=self.step_size,
                 outputs=self._outputs,
                 scale=update.scale,
+                tol=_COLD_TOL if cold else _TOL,
+                max_matvecs=_COLD_MATVECS if cold else _MATVECS,
             )
         except Exception as error:
             if self.counter.measured_steps == 0:
