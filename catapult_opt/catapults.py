@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-Event = tuple[str, dict[str, float]]
+Event = tuple[str, dict[str, Any]]
 
 # The thesis' epsilon in eta - eta_crit(X_batch) > epsilon (Sec. 4.4).
 _EPSILON = 1e-8

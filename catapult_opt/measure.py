@@ -11,11 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from .capture import LossCall, as_module, connect, loss_of, scalar_loss
-from .curvature.eigensolver import EigenEstimate, top_eigenvalue
-from .curvature.operators import ENGINES, GGN, LossHessian, Scale, StepSize
+from .curvature.eigensolver import top_eigenvalue
+from .curvature.gram import LARGEST_BATCH, NotLayerwise, gram_lambda_max
+from .curvature.operators import ENGINES, FINITE_DIFFERENCE, GGN, LossHessian, Scale, StepSize, reproduces
+from .curvature.output_hessian import OutputHessian
 from .curvature.vectors import Vector, random_unit
 from .replay import precise, preserved, record_forward, replay
 from .trees import map_tensors
+
+
+GRAM = "layerwise-gram"
 
 
 class MeasurementWarning(UserWarning):
@@ -51,8 +56,8 @@ def measure(
     engine: str = "finite-difference",
     tol: float = 0.02,
     max_matvecs: int = 5,
-) -> tuple[CriticalLR, Vector]:
-    """Top curvature of captured loss calls at the present weights, and the vector to start the next one from.
+) -> tuple[CriticalLR, Vector | None]:
+    """Top curvature of captured loss calls at the present weights, and the vector to start the next one from (if any).
 
     Args:
         model, criterion, params: as captured; params are those the curvature is taken over.
@@ -61,6 +66,7 @@ def measure(
         step: finite-difference step, calibrated in place.
         outputs: with criterion None, picks the loss from the model's output.
         scale: relative rate of each parameter (over its preconditioner), see `operators`.
+        engine: a matrix-free one, or "layerwise-gram" where it applies (else finite differences).
         tol, max_matvecs: see `top_eigenvalue`.
 
     Raises:
@@ -68,11 +74,16 @@ def measure(
     """
     _check(calls, criterion)
     with preserved(model, criterion, params):
+        if engine == GRAM and criterion is not None:
+            gram = _by_gram(model, params, calls, scale)
+            if gram is not None:
+                return gram, None
         operator: GGN | LossHessian
         if criterion is None:
             operator = LossHessian(model, params, calls, outputs, scale)
         else:
-            operator = GGN(model, params, calls, step or StepSize(), scale, engine)
+            matrix_free = FINITE_DIFFERENCE if engine == GRAM else engine
+            operator = GGN(model, params, calls, step or StepSize(), scale, matrix_free)
         if start is None or not any(bool(x.any()) for x in start):
             start = random_unit(params)
         else:
@@ -83,10 +94,47 @@ def measure(
             )
         except FloatingPointError as error:
             raise MeasurementError(f"{error}: is there a NaN or inf in the batch or the weights?") from error
-        ntk = _ntk(operator, estimate) if isinstance(operator, GGN) and scale is None else None
-    eta = 2.0 / estimate.value if estimate.value > 0 else math.inf
-    result = CriticalLR(eta, estimate.value, ntk, estimate.residual, estimate.matvecs, estimate.converged)
+        ntk = _ntk(operator.hessians, estimate.value) if isinstance(operator, GGN) and scale is None else None
+    result = CriticalLR(
+        _edge(estimate.value), estimate.value, ntk, estimate.residual, estimate.matvecs, estimate.converged
+    )
     return result, estimate.vector
+
+
+def _edge(lambda_max: float) -> float:
+    return 2.0 / lambda_max if lambda_max > 0 else math.inf
+
+
+def _by_gram(model: nn.Module, params: Sequence[Tensor], calls: Sequence[LossCall], scale: Scale) -> CriticalLR | None:
+    """Exact, from one forward and one backward pass; None where the network or the batch is not of that kind."""
+    if (calls[0].forwards[0].batch_size or 0) > LARGEST_BATCH:
+        return None
+    try:
+        value = gram_lambda_max(model, params, calls, scale)
+        ntk = _ntk([OutputHessian(call) for call in calls], value) if scale is None else None
+    except NotLayerwise:
+        return None
+    if not math.isfinite(value):
+        raise MeasurementError("the kernel was not finite: is there a NaN or inf in the batch or the weights?")
+    return CriticalLR(_edge(value), value, ntk, 0.0, 1, True)
+
+
+def choose_engine(
+    model: nn.Module, criterion: nn.Module | None, params: Sequence[Tensor], calls: Sequence[LossCall], scale: Scale
+) -> tuple[str, str]:
+    """The engine for this kind of step, and why; decided on the first one measured."""
+    _check(calls, criterion)
+    if criterion is None:
+        return "hessian", "the model returns the loss"
+    with preserved(model, criterion, params):
+        if not reproduces(model, params, calls):
+            return "double-backward", "the model does not repeat its own outputs, which rules out differences of them"
+    found, _ = measure(model, criterion, params, calls, scale=scale, engine=FINITE_DIFFERENCE, tol=1e-3, max_matvecs=20)
+    with preserved(model, criterion, params):
+        gram = _by_gram(model, params, calls, scale)
+    if gram is not None and abs(gram.lambda_max - found.lambda_max) <= 0.02 * gram.lambda_max:
+        return GRAM, f"linear layers, one scalar output a sample, at most {LARGEST_BATCH} samples"
+    return FINITE_DIFFERENCE, "works on everything, one forward and backward pass a product"
 
 
 def _check(calls: Sequence[LossCall], criterion: nn.Module | None) -> None:
@@ -99,13 +147,13 @@ def _check(calls: Sequence[LossCall], criterion: nn.Module | None) -> None:
         raise MeasurementError("the batch was modified in place between the forward pass and step(): copy it instead")
 
 
-def _ntk(operator: GGN, estimate: EigenEstimate) -> float | None:
+def _ntk(hessians: Sequence[OutputHessian], value: float) -> float | None:
     """lambda_max(J J^T) where every term of the loss is the same multiple of a squared error."""
-    multiples = [h.as_multiple_of_identity() for h in operator.hessians]
+    multiples = [h.as_multiple_of_identity() for h in hessians]
     first = multiples[0]
     if first is None or any(m is None or abs(m - first) > 1e-5 * first for m in multiples):
         return None
-    return estimate.value / first
+    return value / first
 
 
 def critical_lr(

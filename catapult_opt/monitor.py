@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 from .bases import BaseUpdate, check_supported, next_update
 from .capture import Capture, LossCall, as_module
 from .catapults import CatapultCounter, Event, is_super_critical
-from .curvature.operators import StepSize
+from .curvature.operators import ENGINES, StepSize
 from .curvature.vectors import Vector
-from .measure import CriticalLR, MeasurementWarning, measure, trainable
+from .measure import GRAM, CriticalLR, MeasurementWarning, choose_engine, measure, trainable
 from .runlog import RunLogWriter
 from .trees import tensors_in
 
@@ -51,6 +51,7 @@ class Session:
         optimizer: whose parameters are trained.
         model, criterion, outputs: see `CatapultSGD`.
         every: measure at least every so many steps; None: only when asked to (`record`).
+        engine: how curvature is measured, see `CatapultSGD`.
         log: path of the run log, or None.
         settings: for the header of the log.
     """
@@ -64,12 +65,15 @@ class Session:
         *,
         outputs: Callable[[Any], Any] | None,
         every: int | None,
+        engine: str,
         log: str | os.PathLike[str] | None,
         settings: dict[str, Any],
     ) -> None:
         check_model(model, [p for group in optimizer.param_groups for p in group["params"]])
         if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             raise ValueError(f"every must be a whole number >= 1, got {every!r}")
+        if engine not in ("auto", GRAM, *ENGINES):
+            raise ValueError(f"engine must be one of auto, {GRAM}, {', '.join(ENGINES)}, got {engine!r}")
         if outputs is not None and criterion is not None:
             raise ValueError(f"outputs picks the loss where criterion is None, got outputs={outputs!r} and a criterion")
         self.model = model
@@ -79,6 +83,8 @@ class Session:
         self.step = 0
         self.last: CriticalLR | None = None
         self.step_size = StepSize()
+        self.engine = "" if engine == "auto" else engine  # decided on the first measured step
+        self._events: list[Event] = []  # of the present step
         self._every = every
         self._outputs = outputs
         self._face, self._settings = face, settings
@@ -144,7 +150,7 @@ class Session:
         """Count and log the step just decided; measure again in `measure_in` steps at the latest."""
         record: dict[str, Any] = {"loss": seen.loss, "effective_lr": rate}
         found = seen.critical
-        events = list(events)
+        events, self._events = [*self._events, *events], []
         if found is not None:
             record |= {
                 "eta_crit": found.eta_crit,
@@ -203,6 +209,7 @@ class Session:
             "step": self.step,
             "counter": self.counter.state_dict(),
             "step_size": self.step_size.relative,
+            "engine": self.engine,
             "repeated": self._repeated,
             "batch": self._previous,
             "due": self._due,
@@ -215,6 +222,7 @@ class Session:
         self.step = state["step"]
         self.counter.load_state_dict(state["counter"])
         self.step_size.relative = state["step_size"]
+        self.engine = state["engine"]
         self._repeated = state["repeated"]
         self._previous = state["batch"]
         self._due = state["due"]
@@ -226,6 +234,9 @@ class Session:
     ) -> tuple[CriticalLR | None, Vector | None]:
         cold = self.counter.measured_steps == 0
         try:
+            if not self.engine:
+                self.engine, reason = choose_engine(self.model, self.criterion, self.params, calls, update.scale)
+                self._events.append(("engine", {"name": self.engine, "reason": reason}))
             found, vector = measure(
                 self.model,
                 self.criterion,
@@ -235,6 +246,7 @@ class Session:
                 step=self.step_size,
                 outputs=self._outputs,
                 scale=update.scale,
+                engine=self.engine,
                 tol=_COLD_TOL if cold else _TOL,
                 max_matvecs=_COLD_MATVECS if cold else _MATVECS,
             )
@@ -246,8 +258,7 @@ class Session:
                 MeasurementWarning,
                 stacklevel=4,
             )
-            if self._writer is not None:
-                self._writer.event(self.step, "measurement_failed", reason=str(error))
+            self._events.append(("measurement_failed", {"reason": str(error)}))
             return None, None
         eta_crit = update.critical(found.lambda_max)
         return CriticalLR(**{**vars(found), "eta_crit": eta_crit}), vector
@@ -293,6 +304,7 @@ class CatapultMonitor:
         criterion: the loss module called in the loop; a plain function must be called through `monitor.criterion`;
             None where the model returns the loss.
         every: measure every so many steps.
+        engine: how curvature is measured, see `CatapultSGD`.
         log: path of the run log (JSON lines), or None.
         outputs: with criterion=None, picks the scalar loss from what the model returns.
 
@@ -317,6 +329,7 @@ class CatapultMonitor:
         model: nn.Module,
         criterion: Any,
         every: int = 1,
+        engine: str = "auto",
         log: str | os.PathLike[str] | None = None,
         outputs: Callable[[Any], Any] | None = None,
     ) -> None:
@@ -330,6 +343,7 @@ class CatapultMonitor:
             criterion,
             outputs=outputs,
             every=every,
+            engine=engine,
             log=log,
             settings=settings,
         )

@@ -41,6 +41,8 @@ class CatapultSGD(Optimizer):
         momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable: as for torch.optim.SGD.
         policy: a `CatapultPolicy`; None for the default. `CatapultPolicy(total_steps=...)` where the length is known.
         every: measure at least every so many steps; None: when the policy asks for it (1: every step, the dearest log).
+        engine: how curvature is measured: "finite-difference" (works on everything), "forward" or "double-backward" (exact
+            where they work), "layerwise-gram" (linear layers, one scalar output); "auto" decides on the first step.
         log: path of the run log for `catapult-opt report`, or None.
         outputs: with criterion=None, picks the scalar loss from what the model returns.
 
@@ -76,6 +78,7 @@ class CatapultSGD(Optimizer):
         fused: bool | None = None,
         policy: CatapultPolicy | None = None,
         every: int | None = None,
+        engine: str = "auto",
         log: str | os.PathLike[str] | None = None,
         outputs: Callable[[Any], Any] | None = None,
     ) -> None:
@@ -103,7 +106,9 @@ class CatapultSGD(Optimizer):
         self._machine: Catapulter | None = None
         self._written: str | None = None
         if model is not None:
-            self.attach(model=model, criterion=criterion, policy=policy, every=every, log=log, outputs=outputs)
+            self.attach(
+                model=model, criterion=criterion, policy=policy, every=every, engine=engine, log=log, outputs=outputs
+            )
         elif not (criterion is None and policy is None and log is None and outputs is None):
             raise ValueError("criterion, policy, log and outputs need a model: pass model=, or none of them")
 
@@ -130,6 +135,7 @@ class CatapultSGD(Optimizer):
         criterion: Any,
         policy: CatapultPolicy | None = None,
         every: int | None = None,
+        engine: str = "auto",
         log: str | os.PathLike[str] | None = None,
         outputs: Callable[[Any], Any] | None = None,
     ) -> None:
@@ -146,6 +152,7 @@ class CatapultSGD(Optimizer):
             criterion,
             outputs=outputs,
             every=every,
+            engine=engine,
             log=log,
             settings=settings,
         )

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-Event = tuple[str, dict[str, float]]
+Event = tuple[str, dict[str, Any]]
 
 # Stands for "no curvature at all", where 2 / lambda is infinite.
 _LARGEST_RATE = 1e30

@@ -134,7 +134,7 @@ class FiniteDifference:
         if forward.base is not None and forward.base_is_current():
             return forward.base
         with torch.no_grad():
-            return [t.clone() for t in _selected(replay(self._model, forward), forward)]
+            return [t.clone() for t in selected(replay(self._model, forward), forward)]
 
 
 class ForwardMode:
@@ -157,7 +157,7 @@ class ForwardMode:
                 pairs = [
                     forward_ad.unpack_dual(t)  # type: ignore[no-untyped-call]
                     for f in call.forwards
-                    for t in _selected(replay(self._model, f, duals), f)
+                    for t in selected(replay(self._model, f, duals), f)
                 ]
                 tangents = [torch.zeros_like(p) if t is None else t.detach() for p, t in pairs]
                 yield [p for p, _ in pairs], tangents
@@ -182,8 +182,9 @@ class DoubleBackward:
             yield outputs, [torch.zeros_like(o) if t is None else t for t, o in zip(got, outputs, strict=True)]
 
 
+FINITE_DIFFERENCE = "finite-difference"
 ENGINES: dict[str, type[Linearizer]] = {
-    "finite-difference": FiniteDifference,
+    FINITE_DIFFERENCE: FiniteDifference,
     "forward": ForwardMode,
     "double-backward": DoubleBackward,
 }
@@ -241,11 +242,21 @@ class _Mover:
         return [x * root for x, root in zip(v, self._roots, strict=True)]
 
 
+def reproduces(model: nn.Module, params: Sequence[Tensor], calls: Sequence[LossCall]) -> bool:
+    """Does the model, run again at the same weights and random state, give the same outputs twice?
+
+    Differences of outputs mean nothing where it does not (noise from a generator of its own). Only inside `preserved`.
+    """
+    with torch.no_grad():
+        runs = [[t.clone() for call in calls for t in _outputs(model, call)] for _ in range(2)]
+    return _relative_move(runs[0], runs[1]) < _TARGET.get(params[0].dtype, _TARGET_DEFAULT) / 10
+
+
 def _outputs(model: nn.Module, call: LossCall) -> list[Tensor]:
-    return [t for f in call.forwards for t in _selected(replay(model, f), f)]
+    return [t for f in call.forwards for t in selected(replay(model, f), f)]
 
 
-def _selected(output: Any, forward: ForwardCall) -> list[Tensor]:
+def selected(output: Any, forward: ForwardCall) -> list[Tensor]:
     every = tensors_in(output)
     return [every[i] for i in forward.places]
 
