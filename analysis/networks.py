@@ -54,7 +54,12 @@ class NTKLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        outputs = F.linear(x, self.weight) / math.sqrt(self.in_features)
+        # The scale goes where there are fewer numbers to multiply: on wide layers it would cost a tenth of a step.
+        scale = 1.0 / math.sqrt(self.in_features)
+        if self.in_features <= self.out_features:
+            outputs = F.linear(x * scale, self.weight)
+        else:
+            outputs = F.linear(x, self.weight) * scale
         return outputs if self.bias is None else outputs + self.bias
 
     def extra_repr(self) -> str:

@@ -80,7 +80,7 @@ def measure(
                 return gram, None
         operator: GGN | LossHessian
         if criterion is None:
-            operator = LossHessian(model, params, calls, outputs, scale)
+            operator = LossHessian(model, params, calls, outputs, scale, engine)
         else:
             matrix_free = FINITE_DIFFERENCE if engine == GRAM else engine
             operator = GGN(model, params, calls, step or StepSize(), scale, matrix_free)

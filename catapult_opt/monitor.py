@@ -26,8 +26,8 @@ from .runlog import RunLogWriter
 from .trees import tensors_in
 
 # A first measurement pays once for a good vector; later ones start from it.
-_COLD_TOL, _COLD_MATVECS = 2e-3, 20
-_TOL, _MATVECS = 0.02, 5
+_COLD_TOL, _COLD_MATVECS = 9e-4, 30
+_TOL, _MATVECS = 0.01, 8
 # Averages of mini-batch losses and curvatures run over about this many measured steps.
 _MINI_BATCH_SMOOTHING = 50
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,26 @@ def is_measuring() -> bool:
     return _measuring > 0
 
 
+@dataclass(frozen=True)
+class Buffer:
+    """A buffer at the start of a forward pass: spectral_norm, for one, computes with buffers that it moves."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+    version: int
+    value: Tensor
+
+    def changed(self) -> bool:
+        return getattr(self.module, self.name) is not self.tensor or self.tensor._version != self.version
+
+    def restore(self) -> None:
+        """By pointer, so that compiled code sees the tensor it knows. Only inside `preserved`."""
+        self.tensor.data = precise(self.value.clone())
+        if getattr(self.module, self.name) is not self.tensor:
+            setattr(self.module, self.name, self.tensor)
+
+
 @dataclass
 class ForwardCall:
     """One forward pass of the training loop: its arguments and the state it started from."""
@@ -41,9 +61,11 @@ class ForwardCall:
     places: list[int] = field(default_factory=list)  # where they stand among all tensors of the output
     base: list[Tensor] | None = None  # detached outputs at the weights of the step
     output_versions: list[int] = field(default_factory=list)
+    buffers: list[Buffer] = field(default_factory=list)  # those that the forward pass changes, as it found them
 
     def finish(self, output: Any) -> None:
-        """Keep the outputs that gradients flow through."""
+        """Keep the outputs that gradients flow through, and the buffers that were changed."""
+        self.buffers = [b for b in self.buffers if b.changed()]
         every = tensors_in(output)
         self.places = [i for i, t in enumerate(every) if t.requires_grad and t.is_floating_point()]
         self.outputs = [every[i] for i in self.places]
@@ -92,7 +114,13 @@ def record_forward(
         weights=weights,
         versions=[t._version for t in [*weights, *tensors_in((args, kwargs))]],
         autocast=any(torch.is_autocast_enabled(kind) for kind in kinds if kind != "meta"),
+        buffers=[Buffer(m, name, b, b._version, b.detach().clone()) for m, name, b in buffers_of(model.modules())],
     )
+
+
+def buffers_of(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
+    """Every buffer and where it stands."""
+    return [(m, name, b) for m in modules for name, b in m.named_buffers(recurse=False)]
 
 
 def replay(model: nn.Module, call: ForwardCall, weights: dict[str, Tensor] | None = None) -> Any:
@@ -104,6 +132,8 @@ def replay(model: nn.Module, call: ForwardCall, weights: dict[str, Tensor] | Non
             torch.get_device_module(device).set_rng_state(state, device)
     for module, mode in zip(model.modules(), call.modes, strict=True):
         module.training = mode
+    for buffer in call.buffers:
+        buffer.restore()
     args, kwargs = map_tensors((call.args, call.kwargs), lambda t: precise(t.detach()))
     if weights is not None:
         return functional_call(model, weights, args, kwargs)
@@ -125,7 +155,7 @@ def preserved(model: nn.Module, criterion: nn.Module | None, params: Sequence[Te
     global _measuring
     modules = [*model.modules(), *(criterion.modules() if criterion is not None else ())]
     modes = [m.training for m in modules]
-    buffers = [(m, name, b) for m in modules for name, b in m.named_buffers(recurse=False)]
+    buffers = buffers_of(modules)
     weights = {id(p): p for p in [*params, *(p for m in modules for p in m.parameters(recurse=False))]}.values()
     saved = [(t, t.data) for t in [*weights, *(b for _, _, b in buffers)]]
     devices = {p.device for p in params if p.device.type not in ("cpu", "meta")}

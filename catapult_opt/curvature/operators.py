@@ -191,7 +191,11 @@ ENGINES: dict[str, type[Linearizer]] = {
 
 
 class LossHessian:
-    """Hessian of the loss that the model itself returns, by central differences of its gradient."""
+    """Hessian of the loss that the model itself returns. Only inside `preserved`.
+
+    By central differences of its gradient, which works on everything at two gradients a product; or, with
+    engine="double-backward", by differentiating the gradient: exact, where every operation has a second derivative.
+    """
 
     semidefinite = False
 
@@ -202,25 +206,44 @@ class LossHessian:
         calls: Sequence[LossCall],
         outputs: Any = None,
         scale: Scale = None,
+        engine: str = "finite-difference",
     ) -> None:
         self._model, self._params, self._calls, self._outputs = model, list(params), calls, outputs
+        self._engine = engine
         self._mover = _Mover(self._params, scale)
 
     def matvec(self, v: Vector) -> Vector:
-        """H v = (grad L(w + eps v) - grad L(w - eps v)) / (2 eps)."""
+        """H v."""
+        return self._mover.scaled(self._exact(v) if self._engine == "double-backward" else self._difference(v))
+
+    def _exact(self, v: Vector) -> Vector:
+        directions = self._mover.scaled(v)
+        total = [torch.zeros_like(x) for x in v]
+        for loss in self._losses():
+            gradient = torch.autograd.grad(loss, self._params, create_graph=True, allow_unused=True)
+            used = [(g, d) for g, d in zip(gradient, directions, strict=True) if g is not None and g.requires_grad]
+            if used:
+                _accumulate(total, [g for g, _ in used], [d for _, d in used], self._params)
+        return total
+
+    def _difference(self, v: Vector) -> Vector:
+        """(grad L(w + eps v) - grad L(w - eps v)) / (2 eps)."""
         eps = self._mover.norm * (1e-6 if v[0].dtype == torch.float64 else 1e-4)
         plus, minus = self._gradient(v, eps), self._gradient(v, -eps)
-        return self._mover.scaled([(a - b) / (2 * eps) for a, b in zip(plus, minus, strict=True)])
+        return [(a - b) / (2 * eps) for a, b in zip(plus, minus, strict=True)]
 
     def _gradient(self, v: Vector, eps: float) -> Vector:
         self._mover.move(v, eps)
         total = [torch.zeros_like(x) for x in v]
-        for call in self._calls:
-            for forward in call.forwards:
-                loss = loss_of(replay(self._model, forward), self._outputs)
-                assert call.weight is not None
-                _accumulate(total, [loss], [call.weight.to(loss.dtype)], self._params)
+        for loss in self._losses():
+            _accumulate(total, [loss], [torch.ones_like(loss)], self._params)
         return total
+
+    def _losses(self) -> Iterator[Tensor]:
+        for call in self._calls:
+            assert call.weight is not None
+            for forward in call.forwards:
+                yield loss_of(replay(self._model, forward), self._outputs) * call.weight
 
 
 class _Mover:
