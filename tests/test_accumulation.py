@@ -1,0 +1,562 @@
+"""Promise: what a step measures is the loss that its gradients belong to, however the loop puts it together.
+
+Oracles: one whole batch in one forward pass; the analytic curvature of the same sum of losses.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from catapult_opt import CatapultMonitor, CatapultPolicy, CatapultSGD, critical_lr
+
+STEPS = 4
+N = 24
+
+
+class Run:
+    """A net, its data, and the optimizer; float64, so that sums in another order agree to many digits."""
+
+    def __init__(self, criterion: Any = None, kind: Any = CatapultSGD, **settings: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) / 2)
+        self.x = torch.randn(N, 4, generator=generator).double()
+        self.y = torch.randn(N, 3, generator=generator).double()
+        if isinstance(criterion, nn.CrossEntropyLoss):
+            self.y = self.y.argmax(1)
+        self.criterion = criterion or nn.MSELoss()
+        policy = CatapultPolicy(smoothing=1)  # a micro-batch is not a whole batch seen again
+        self.optimizer = kind(
+            self.model.parameters(), model=self.model, criterion=self.criterion, policy=policy, every=1, **settings
+        )
+
+    def loss(self, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        x, y = (self.x, self.y) if x is None else (x, y)
+        return self.criterion(self.model(x), y)
+
+    def seen(self) -> Any:
+        last = self.optimizer.last
+        weights = torch.cat([p.detach().flatten() for p in self.model.parameters()])
+        return weights, last.eta_crit, self.optimizer.param_groups[0]["effective_lr"], self.optimizer.phase
+
+
+def plain(run: Run) -> None:
+    run.optimizer.zero_grad()
+    run.loss().backward()
+    run.optimizer.step()
+
+
+def compare(
+    step: Callable[[Run], None], rtol: float = 1e-5, reference: Callable[[Run], None] = plain, **settings: Any
+) -> None:
+    """Some steps of a loop against as many of the plain one."""
+    run, expected = Run(**settings), Run(**settings)
+    for _ in range(STEPS):
+        step(run)
+        reference(expected)
+        got, want = run.seen(), expected.seen()
+        torch.testing.assert_close(got[0], want[0], rtol=rtol, atol=rtol)
+        assert got[1:3] == pytest.approx(want[1:3], rel=10 * rtol)
+        assert got[3] == want[3]
+
+
+# --------------------------------------------------------------------------------------------------------- accumulation
+
+CRITERIA = {"mse": nn.MSELoss, "cross-entropy": nn.CrossEntropyLoss, "half-sum": lambda: HalfSum()}
+
+
+class HalfSum(nn.Module):
+    """User code: not a module of torch, and not symmetric in its reduction."""
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().sum() / 2 / len(targets)
+
+
+@pytest.mark.parametrize("name", list(CRITERIA))
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_micro_batches_are_one_batch(name: str, k: int) -> None:
+    def step(run: Run) -> None:
+        run.optimizer.zero_grad()
+        for x, y in zip(run.x.chunk(k), run.y.chunk(k), strict=True):
+            (run.loss(x, y) / k).backward()
+        run.optimizer.step()
+
+    compare(step, criterion=CRITERIA[name]())
+
+
+def test_micro_batches_of_different_size_with_their_share() -> None:
+    def step(run: Run) -> None:
+        run.optimizer.zero_grad()
+        for part in (slice(0, 4), slice(4, 5), slice(5, N)):
+            x, y = run.x[part], run.y[part]
+            (run.loss(x, y) * (len(x) / N)).backward()
+        run.optimizer.step()
+
+    compare(step)
+
+
+def test_micro_batches_of_a_sum_need_no_division() -> None:
+    def step(run: Run) -> None:
+        run.optimizer.zero_grad()
+        for x, y in zip(run.x.chunk(3), run.y.chunk(3), strict=True):
+            run.loss(x, y).backward()
+        run.optimizer.step()
+
+    compare(step, criterion=nn.MSELoss(reduction="sum"))
+
+
+def test_all_forwards_before_one_backward() -> None:
+    def step(run: Run) -> None:
+        run.optimizer.zero_grad()
+        losses = [run.loss(x, y) for x, y in zip(run.x.chunk(3), run.y.chunk(3), strict=True)]
+        (sum(losses) / 3).backward()
+        run.optimizer.step()
+
+    compare(step)
+
+
+def test_all_outputs_before_one_criterion_call() -> None:
+    def step(run: Run) -> None:
+        run.optimizer.zero_grad()
+        outputs = torch.cat([run.model(x) for x in run.x.chunk(3)])
+        run.criterion(outputs, run.y).backward()
+        run.optimizer.step()
+
+    compare(step)
+
+
+@pytest.mark.parametrize("name", ["mse", "cross-entropy"])
+def test_a_weighted_loss_has_weighted_curvature(name: str) -> None:
+    """A factor on the loss divides the critical rate, and so leaves the training unchanged."""
+
+    def step(run: Run) -> None:
+        run.optimizer.zero_grad()
+        (7 * run.loss()).backward()
+        run.optimizer.step()
+
+    run, expected = Run(CRITERIA[name]()), Run(CRITERIA[name]())
+    for _ in range(STEPS):
+        step(run)
+        plain(expected)
+        assert 7 * run.optimizer.last.eta_crit == pytest.approx(expected.optimizer.last.eta_crit, rel=1e-6)
+        torch.testing.assert_close(run.seen()[0], expected.seen()[0], rtol=1e-6, atol=1e-6)
+
+
+def test_zero_grad_between_forward_and_backward() -> None:
+    def step(run: Run) -> None:
+        loss = run.loss()
+        run.optimizer.zero_grad()
+        loss.backward()
+        run.optimizer.step()
+
+    compare(step, rtol=0)
+
+
+@pytest.mark.parametrize("reset", ["optimizer", "model", "by hand", "to zero"])
+def test_every_way_of_resetting_gradients(reset: str) -> None:
+    def step(run: Run) -> None:
+        run.loss().backward()
+        run.optimizer.step()
+        if reset == "optimizer":
+            run.optimizer.zero_grad()
+        elif reset == "model":
+            run.model.zero_grad()
+        elif reset == "to zero":
+            run.optimizer.zero_grad(set_to_none=False)
+        for p in run.model.parameters():
+            if reset == "by hand":
+                p.grad = None
+
+    compare(step, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------- skipped steps
+
+
+@pytest.mark.parametrize("reset", ["optimizer", "model", "by hand"])
+@pytest.mark.parametrize("when", ["before the forward", "before the backward"])
+def test_a_skipped_step_leaves_no_trace(reset: str, when: str) -> None:
+    """As GradScaler skips one: backward, no step, gradients reset. Its batch must not count in the next step."""
+
+    def reset_gradients(run: Run) -> None:
+        if reset == "optimizer":
+            run.optimizer.zero_grad()
+        elif reset == "model":
+            run.model.zero_grad()
+        for p in run.model.parameters():
+            p.grad = None
+
+    def step(run: Run) -> None:
+        (run.loss(5 * run.x, -run.y) * 100).backward()
+        if when == "before the forward":
+            reset_gradients(run)
+        loss = run.loss()
+        if when == "before the backward":
+            reset_gradients(run)
+        loss.backward()
+        run.optimizer.step()
+        reset_gradients(run)
+
+    compare(step, rtol=0)
+
+
+def test_gradients_not_reset_belong_to_the_next_step() -> None:
+    """The other side of it: without a reset the skipped batch's gradients are in the step, so its loss is."""
+
+    def step(run: Run) -> None:
+        run.optimizer.zero_grad()
+        (run.loss(run.x[:8], run.y[:8]) / 3).backward()
+        # here a loop decides not to step yet
+        (run.loss(run.x[8:], run.y[8:]) * 2 / 3).backward()
+        run.optimizer.step()
+
+    compare(step)
+
+
+def test_grad_scaler_skips_and_goes_on() -> None:
+    """With torch.amp.GradScaler itself, whose scale is 1 here: one step in three overflows."""
+    run, expected = Run(), Run()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=10**6, backoff_factor=1.0 - 1e-9)
+    for i in range(9):
+        run.optimizer.zero_grad()
+        loss = run.loss()
+        if i % 3 == 1:
+            loss = loss * float("inf")
+        scaler.scale(loss).backward()
+        scaler.step(run.optimizer)
+        scaler.update()
+        if i % 3 != 1:
+            plain(expected)
+    torch.testing.assert_close(run.seen()[0], expected.seen()[0], rtol=1e-5, atol=1e-5)
+    assert run.optimizer.last.eta_crit == pytest.approx(expected.optimizer.last.eta_crit, rel=1e-4)
+
+
+@pytest.mark.xfail(strict=True, reason="the scale is in the loss' weight: open, see the loop with GradScaler")
+def test_grad_scaler_with_a_scale() -> None:
+    """Gradients are unscaled before the step: the critical rate is that of the unscaled loss."""
+    run, expected = Run(), Run()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(run.loss()).backward()
+    scaler.step(run.optimizer)
+    plain(expected)
+    assert run.optimizer.last.eta_crit == pytest.approx(expected.optimizer.last.eta_crit, rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------- validation
+
+
+def with_grad(run: Run) -> None:
+    run.loss(2 * run.x, run.y)
+
+
+def without_grad(run: Run) -> None:
+    with torch.no_grad():
+        run.loss(2 * run.x, run.y)
+
+
+def in_inference_mode(run: Run) -> None:
+    with torch.inference_mode():
+        run.loss(2 * run.x, run.y)
+
+
+def predictions_only(run: Run) -> None:
+    run.model(2 * run.x)
+
+
+def in_eval_mode(run: Run) -> None:
+    run.model.eval()
+    with_grad(run)
+    run.model.train()
+
+
+def criterion_alone(run: Run) -> None:
+    run.criterion(torch.zeros_like(run.y), run.y)
+
+
+def gradient_of_the_input(run: Run) -> None:
+    """Saliency maps: a derivative that leaves no .grad on the parameters."""
+    x = run.x.clone().requires_grad_()
+    torch.autograd.grad(run.model(x).sum(), x)
+
+
+VALIDATIONS = [
+    with_grad,
+    without_grad,
+    in_inference_mode,
+    predictions_only,
+    in_eval_mode,
+    criterion_alone,
+    gradient_of_the_input,
+]
+
+
+@pytest.mark.parametrize("validate", VALIDATIONS, ids=lambda f: f.__name__)
+def test_validation_between_steps_does_not_count(validate: Callable[[Run], None]) -> None:
+    def step(run: Run) -> None:
+        validate(run)
+        run.optimizer.zero_grad()
+        loss = run.loss()
+        validate(run)
+        loss.backward()
+        validate(run)
+        run.optimizer.step()
+        validate(run)
+
+    compare(step, rtol=0)
+
+
+def test_validation_with_gradients_enabled_keeps_no_graph() -> None:
+    """Each loss is free as soon as the loop drops it, as without the optimizer: an epoch of them would fill memory."""
+    run = Run()
+    plain(run)
+    alive = []
+    for _ in range(3):
+        x = (2 * run.x).requires_grad_()
+        inner = run.model[0](x)
+        alive.append(weakref.ref(inner))
+        del inner
+        loss = run.criterion(run.model(x), run.y)
+        alive.append(weakref.ref(loss))
+        outputs = loss.grad_fn
+        del loss, outputs
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 6
+    captured = run.optimizer._session.capture
+    assert captured._done == []
+    assert captured._forwards == []
+    assert [ref() for ref in captured._used if ref() is not None] == []
+
+
+# ---------------------------------------------------------------------------------------- several calls of everything
+
+
+class TwoHeads(nn.Module):
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.trunk(x)
+        return out[:, :1], out[:, 1:]
+
+
+def two_heads() -> Run:
+    run = Run()
+    run.optimizer.detach()
+    run.model = TwoHeads(run.model)
+    run.optimizer = CatapultSGD(
+        run.model.parameters(), model=run.model, criterion=run.criterion, policy=CatapultPolicy(smoothing=1), every=1
+    )
+    return run
+
+
+@pytest.mark.parametrize("backward", ["together", "apart"])
+def test_several_criterion_calls_are_summed(backward: str) -> None:
+    """Two heads, two calls, weights 1/3 and 2/3: the mean over both is the MSE over all."""
+    run, expected = two_heads(), Run()
+    for _ in range(STEPS):
+        run.optimizer.zero_grad()
+        first, second = run.model(run.x)
+        losses = run.criterion(first, run.y[:, :1]) / 3, run.criterion(second, run.y[:, 1:]) * 2 / 3
+        if backward == "together":
+            (losses[0] + losses[1]).backward()
+        else:
+            losses[0].backward(retain_graph=True)
+            losses[1].backward()
+        run.optimizer.step()
+        plain(expected)
+        assert run.optimizer.last.eta_crit == pytest.approx(expected.optimizer.last.eta_crit, rel=1e-5)
+        torch.testing.assert_close(run.seen()[0], expected.seen()[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_criterion_call_that_is_not_part_of_the_loss_does_not_count() -> None:
+    """An auxiliary number for the log, never back-propagated."""
+
+    def step(run: Run) -> None:
+        run.optimizer.zero_grad()
+        outputs = run.model(run.x)
+        loss = run.criterion(outputs, run.y)
+        shown = run.criterion(outputs, 3 * run.y)
+        loss.backward()
+        run.optimizer.step()
+        assert shown.item() > 0
+
+    compare(step, rtol=0)
+
+
+def test_a_model_called_twice_in_a_step() -> None:
+    """Siamese: the criterion sees the difference of two passes. Oracle: one module that makes both."""
+
+    class Difference(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.inner(a) - self.inner(b)
+
+    run = Run()
+    for _ in range(STEPS):
+        truth = critical_lr(Difference(run.model), nn.MSELoss(), (run.x, run.x.flip(1)), run.y).eta_crit
+        run.optimizer.zero_grad()
+        run.criterion(run.model(run.x) - run.model(run.x.flip(1)), run.y).backward()
+        run.optimizer.step()
+        assert run.optimizer.last.eta_crit == pytest.approx(truth, rel=0.1)
+
+
+def test_user_code_between_model_and_criterion() -> None:
+    """Oracle: the same code inside the model."""
+
+    class Inside(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(self.inner(x)).squeeze(-1) * 2
+
+    run = Run()
+    for _ in range(STEPS):
+        truth = critical_lr(Inside(run.model), nn.MSELoss(), run.x, run.y).eta_crit
+        run.optimizer.zero_grad()
+        run.criterion(torch.sin(run.model(run.x)).squeeze(-1) * 2, run.y).backward()
+        run.optimizer.step()
+        assert run.optimizer.last.eta_crit == pytest.approx(truth, rel=0.1)
+
+
+def test_a_gradient_penalty_leaves_the_loss_its_weight() -> None:
+    """autograd.grad runs through the loss before backward does; it leaves no .grad."""
+
+    def step(run: Run) -> None:
+        run.optimizer.zero_grad()
+        loss = run.loss()
+        grads = torch.autograd.grad(5 * loss, list(run.model.parameters()), create_graph=True)
+        assert len(grads) == 4
+        loss.backward()
+        run.optimizer.step()
+
+    compare(step, rtol=0)
+
+
+def test_a_checkpointed_model() -> None:
+    """Activation checkpointing runs the model again in backward: not another forward pass of the loop."""
+
+    def step(run: Run) -> None:
+        run.optimizer.zero_grad()
+        outputs = checkpoint(run.model, run.x, use_reentrant=False)
+        run.criterion(outputs, run.y).backward()
+        run.optimizer.step()
+
+    compare(step)
+
+
+# ------------------------------------------------------------------------------------------------------------- closures
+
+
+def by_position(run: Run) -> Any:
+    return run.optimizer.step(lambda: closure(run))
+
+
+def by_keyword(run: Run) -> Any:
+    return run.optimizer.step(closure=lambda: closure(run))
+
+
+def under_no_grad(run: Run) -> Any:
+    with torch.no_grad():
+        return run.optimizer.step(lambda: closure(run))
+
+
+def closure(run: Run) -> Tensor:
+    run.optimizer.zero_grad()
+    loss = run.loss()
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("way", [by_position, by_keyword, under_no_grad], ids=lambda f: f.__name__)
+def test_closures(way: Callable[[Run], Any]) -> None:
+    def step(run: Run) -> None:
+        expected = run.loss().item()
+        run.optimizer.zero_grad()
+        assert way(run).item() == expected
+
+    compare(step, rtol=0)
+
+
+@pytest.mark.parametrize("way", [by_position, by_keyword], ids=lambda f: f.__name__)
+def test_the_monitor_sees_steps_with_a_closure(way: Callable[[Run], Any]) -> None:
+    def build(*, watched: bool) -> tuple[Run, Any]:
+        run = Run()
+        run.optimizer.detach()
+        run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.3, momentum=0.5)
+        monitor = None
+        if watched:
+            monitor = CatapultMonitor(run.optimizer, model=run.model, criterion=run.criterion, every=1)
+        return run, monitor
+
+    run, monitor = build(watched=True)
+    bare, _ = build(watched=False)
+    for i in range(STEPS):
+        truth = critical_lr(run.model, nn.MSELoss(), run.x, run.y).lambda_max
+        loss = way(run)
+        assert torch.equal(loss, way(bare))
+        assert monitor.measured_steps == i + 1
+        assert monitor.last.lambda_max == pytest.approx(truth, rel=0.1)
+    for p, q in zip(run.model.parameters(), bare.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+# ----------------------------------------------------------------------------------------- parameters that come and go
+
+
+def test_layers_unfrozen_and_groups_added_along_the_way() -> None:
+    """Oracle: the critical rate over the parameters that are trainable at the time."""
+    run = Run()
+    run.optimizer.detach()
+    first, last = run.model[0], run.model[2]
+    for p in first.parameters():
+        p.requires_grad_(False)
+    run.optimizer = CatapultSGD(
+        [*last.parameters(), first.weight], model=run.model, criterion=run.criterion, policy=CatapultPolicy(), every=1
+    )
+
+    def check() -> None:
+        for _ in range(3):
+            truth = critical_lr(run.model, nn.MSELoss(), run.x, run.y).eta_crit
+            plain(run)
+            assert run.optimizer.last.eta_crit == pytest.approx(truth, rel=0.1)
+
+    check()
+    first.weight.requires_grad_(True)
+    check()
+    first.bias.requires_grad_(True)
+    run.optimizer.add_param_group({"params": first.bias})
+    check()
+    last.weight.requires_grad_(False)
+    last.weight.grad = None
+    check()
+    assert {float(g["effective_lr"]) for g in run.optimizer.param_groups} == {run.seen()[2]}
+
+
+def test_a_functional_criterion_is_called_through_the_optimizer() -> None:
+    def step(run: Run) -> None:
+        run.optimizer.zero_grad()
+        run.optimizer.criterion(run.model(run.x), run.y).backward()
+        run.optimizer.step()
+
+    run, expected = Run(F.mse_loss), Run()
+    for _ in range(STEPS):
+        step(run)
+        plain(expected)
+        assert torch.equal(run.seen()[0], expected.seen()[0])
