@@ -21,6 +21,8 @@ from .trees import map_tensors
 
 
 GRAM = "layerwise-gram"
+# Products further from symmetry than this are wrong, not rounded.
+_ASYMMETRY = 0.05
 
 
 class MeasurementWarning(UserWarning):
@@ -92,6 +94,11 @@ def measure(
             estimate = top_eigenvalue(
                 operator.matvec, start, tol=tol, max_matvecs=max_matvecs, semidefinite=operator.semidefinite
             )
+            if engine not in (FINITE_DIFFERENCE, GRAM) and estimate.asymmetry > _ASYMMETRY:
+                raise MeasurementError(
+                    f"products with the {engine} engine are not symmetric ({estimate.asymmetry:.0%}): an operation of "
+                    "the model has a wrong second derivative, or is not deterministic; try another engine="
+                )
         except FloatingPointError as error:
             raise MeasurementError(f"{error}: is there a NaN or inf in the batch or the weights?") from error
         ntk = _ntk(operator.hessians, estimate.value) if isinstance(operator, GGN) and scale is None else None
@@ -214,10 +221,8 @@ def critical_lr(
     if engine == "auto":
         try:
             return measure(model, loss_module, params, [call], engine="double-backward", **settings)[0]
-        except (RuntimeError, NotImplementedError) as error:
-            if isinstance(error, MeasurementError):
-                raise
-            engine = "finite-difference"  # an operation without a second derivative, as fused attention
+        except (RuntimeError, NotImplementedError):
+            engine = FINITE_DIFFERENCE  # an operation without a second derivative (fused attention), or a wrong one
     return measure(model, loss_module, params, [call], engine=engine, **settings)[0]
 
 

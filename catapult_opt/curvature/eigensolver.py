@@ -31,6 +31,7 @@ class EigenEstimate:
     residual: float  # |A v - theta v| / theta at the Ritz pair (theta, v): some eigenvalue lies within residual * theta
     matvecs: int
     converged: bool
+    asymmetry: float  # largest |v.A w - w.A v| / theta seen between successive vectors: what the products are worth
 
 
 def top_eigenvalue(
@@ -82,7 +83,8 @@ def top_eigenvalue(
             # an empty vector: the basis spans an invariant subspace, nothing is left to find from this start
             converged = not vector
         if converged or done >= max_matvecs:
-            return EigenEstimate(ritz.value, krylov.ritz_vector(ritz), ritz.residual, done, converged)
+            asymmetry = krylov.asymmetry / abs(ritz.theta) if ritz.theta else 0.0
+            return EigenEstimate(ritz.value, krylov.ritz_vector(ritz), ritz.residual, done, converged, asymmetry)
         previous = ritz.value
 
 
@@ -102,10 +104,14 @@ class _Krylov:
         self.products: list[Vector] = []
         self.vw: Matrix = np.zeros((0, 0))
         self.ww: Matrix = np.zeros((0, 0))
+        self.asymmetry = 0.0
 
     def append(self, vector: Vector, product: Vector) -> None:
         self.basis.append(vector)
         self.products.append(product)
+        if len(self.basis) > 1:
+            upper, lower = float(dot(self.basis[-2], product)), float(dot(vector, self.products[-2]))
+            self.asymmetry = max(self.asymmetry, abs(upper - lower))
         self.vw = _bordered(self.vw, [dot(v, product) for v in self.basis])
         self.ww = _bordered(self.ww, [dot(w, product) for w in self.products])
         if not (np.isfinite(self.vw).all() and np.isfinite(self.ww).all()):
