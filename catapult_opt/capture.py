@@ -164,14 +164,14 @@ class Capture:
 
     def problem(self) -> str | None:
         """Why the step has no loss to work with and what to do, or None."""
-        if self._done:
-            return None
         name = type(self.model).__name__
         if self.forwards_seen == 0:
             return (
                 f"step() found no forward pass of model ({name}) with gradients enabled since the last step: "
                 "call the very module passed as model=, not under torch.no_grad()"
             )
+        if self._done:
+            return None
         if not self.pending:
             what = "loss that needs gradients" if self.criterion is None else f"call of {type(self.criterion).__name__}"
             return (

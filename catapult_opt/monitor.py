@@ -21,7 +21,7 @@ from .capture import Capture, LossCall, as_module
 from .catapults import CatapultCounter, Event, is_super_critical
 from .curvature.operators import ENGINES, StepSize
 from .curvature.vectors import Vector
-from .measure import GRAM, CriticalLR, MeasurementWarning, choose_engine, measure, trainable
+from .measure import GRAM, CriticalLR, MeasurementError, MeasurementWarning, choose_engine, measure, trainable
 from .runlog import RunLogWriter
 from .trees import tensors_in
 
@@ -76,6 +76,10 @@ class Session:
             raise ValueError(f"engine must be one of auto, {GRAM}, {', '.join(ENGINES)}, got {engine!r}")
         if outputs is not None and criterion is not None:
             raise ValueError(f"outputs picks the loss where criterion is None, got outputs={outputs!r} and a criterion")
+        if outputs is not None and not callable(outputs):
+            raise TypeError(f"outputs must be a function of the model's output, got {outputs!r}")
+        if log is not None and not isinstance(log, (str, os.PathLike)):
+            raise TypeError(f"log must be a path, got {log!r}")
         self.model = model
         self.criterion = None if criterion is None else as_module(criterion)
         self._optimizer = weakref.ref(optimizer)  # no cycle: hooks and log go when the optimizer goes
@@ -125,8 +129,10 @@ class Session:
         if problem:
             raise RuntimeError(problem)
         calls = self.capture.take()
-        self.step += 1
         loss = float(torch.stack([c.value * c.weight for c in calls if c.weight is not None]).sum())
+        if self.counter.measured_steps == 0 and not math.isfinite(loss):
+            raise MeasurementError(f"the first loss is {loss}: is there a NaN or inf in the batch or the weights?")
+        self.step += 1
         found: CriticalLR | None = None
         vector: Vector | None = None
         begun = time.perf_counter()
@@ -236,7 +242,7 @@ class Session:
         try:
             if not self.engine:
                 self.engine, reason = choose_engine(self.model, self.criterion, self.params, calls, update.scale)
-                self._events.append(("engine", {"name": self.engine, "reason": reason}))
+                self._events.append(("engine", {"engine": self.engine, "reason": reason}))
             found, vector = measure(
                 self.model,
                 self.criterion,
@@ -252,6 +258,7 @@ class Session:
             )
         except Exception as error:
             if self.counter.measured_steps == 0:
+                self.step -= 1
                 raise
             warnings.warn(
                 f"step {self.step} could not be measured, the last critical rate is kept: {error}",
@@ -417,7 +424,10 @@ class CatapultMonitor:
 
 
 def check_model(model: nn.Module, params: Sequence[Tensor]) -> None:
+    """The model must hold all trainable parameters of the optimizer, and there must be some."""
     known = {id(p) for p in trainable(model)}
+    if not any(p.requires_grad for p in params):
+        raise ValueError("params: none of the parameters requires a gradient")
     for i, p in enumerate(params):
         if p.requires_grad and id(p) not in known:
             raise ValueError(

@@ -87,9 +87,6 @@ class CatapultSGD(Optimizer):
                 f"fused={fused!r} is not supported: torch's fused kernel takes skipped steps into its own hands; "
                 "leave it out (foreach=True is the fast path)"
             )
-        if model is not None and (maximize or differentiable):
-            name = "maximize" if maximize else "differentiable"
-            raise ValueError(f"{name}=True does not go with a model: minimise the negated loss, or pass model=None")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -101,6 +98,9 @@ class CatapultSGD(Optimizer):
             "differentiable": differentiable,
         }
         _check_settings(defaults)
+        if model is not None and (maximize or differentiable):
+            name = "maximize" if maximize else "differentiable"
+            raise ValueError(f"{name}=True does not go with a model: minimise the negated loss, or pass model=None")
         super().__init__(params, defaults)
         self._session: Session | None = None
         self._machine: Catapulter | None = None
@@ -374,6 +374,8 @@ def _check_settings(settings: dict[str, Any]) -> None:
     for name in ("nesterov", "maximize", "differentiable"):
         if not isinstance(settings[name], bool):
             raise TypeError(f"{name} must be True or False, got {settings[name]!r}")
+    if settings["foreach"] not in (None, True, False):
+        raise TypeError(f"foreach must be True, False or None, got {settings['foreach']!r}")
     if settings["nesterov"] and (settings["momentum"] <= 0 or settings["dampening"] != 0):
         raise ValueError(
             f"nesterov needs momentum > 0 and dampening = 0, got momentum={settings['momentum']!r}, "
