@@ -210,6 +210,14 @@ def critical_lr(
         raise ValueError(f"curvature must be 'ggn' or 'hessian', got {curvature!r}")
     if engine not in ("auto", *ENGINES):
         raise ValueError(f"engine must be one of auto, {', '.join(ENGINES)}, got {engine!r}")
+    if not isinstance(tol, (int, float)):
+        raise TypeError(f"tol must be a number, got {tol!r}")
+    if not 0 <= tol < math.inf:
+        raise ValueError(f"tol must be a finite number >= 0, got {tol!r}")
+    if not isinstance(max_matvecs, int) or isinstance(max_matvecs, bool) or max_matvecs < 1:
+        raise ValueError(f"max_matvecs must be a whole number >= 1, got {max_matvecs!r}")
+    if outputs is not None and not callable(outputs):
+        raise TypeError(f"outputs must be a function of the model's output, got {outputs!r}")
     params = trainable(model)
     loss_module = None if criterion is None else as_module(criterion)
     if curvature == "hessian" and loss_module is not None:
