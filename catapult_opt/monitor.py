@@ -363,6 +363,11 @@ class CatapultMonitor:
         return self._session.criterion
 
     @property
+    def engine(self) -> str:
+        """How curvature is measured; empty until the first measured step has decided it."""
+        return self._session.engine
+
+    @property
     def last(self) -> CriticalLR | None:
         """The last measurement: of that step's batch, at the weights before its update."""
         return self._session.last

@@ -80,8 +80,8 @@ def top_eigenvalue(
         converged = first or exact or calm >= (1 if tol >= 1e-3 else 2)
         if not (converged or done >= max_matvecs):
             vector = krylov.extend(ritz)
-            # an empty vector: the basis spans an invariant subspace, nothing is left to find from this start
-            converged = not vector
+            if not vector:  # the basis spans an invariant subspace: nothing is left to find from this start
+                converged, ritz = True, krylov.ritz(semidefinite)
         if converged or done >= max_matvecs:
             asymmetry = krylov.asymmetry / abs(ritz.theta) if ritz.theta else 0.0
             return EigenEstimate(ritz.value, krylov.ritz_vector(ritz), ritz.residual, done, converged, asymmetry)

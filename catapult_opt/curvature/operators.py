@@ -18,7 +18,7 @@ from ..capture import LossCall, loss_of
 from ..replay import ForwardCall, replay
 from ..trees import tensors_in
 from .output_hessian import OutputHessian
-from .vectors import Vector, norm
+from .vectors import Vector, dot, norm, random_unit, scaled
 
 Scale = Sequence[float | Tensor] | None
 
@@ -273,6 +273,24 @@ def reproduces(model: nn.Module, params: Sequence[Tensor], calls: Sequence[LossC
     with torch.no_grad():
         runs = [[t.clone() for call in calls for t in _outputs(model, call)] for _ in range(2)]
     return _relative_move(runs[0], runs[1]) < _TARGET.get(params[0].dtype, _TARGET_DEFAULT) / 10
+
+
+def adjoint_error(model: nn.Module, params: Sequence[Tensor], call: LossCall, engine: str) -> float:
+    """|u.(J v) / (J^T u).v - 1| for a random u and v = J^T u: how far the engine's J v is from the backward pass.
+
+    Only inside `preserved`.
+    """
+    outputs = _outputs(model, call)
+    u = random_unit(outputs)
+    pulled = [torch.zeros_like(p) for p in params]
+    _accumulate(pulled, outputs, u, list(params))
+    length = float(norm(pulled))
+    if length == 0:
+        return 0.0
+    linearize = ENGINES[engine](model, _Mover(params, None), [call], StepSize())
+    for _, tangents in linearize(scaled(pulled, 1.0 / length)):
+        pushed = float(dot(u, tangents))
+    return abs(pushed / length - 1.0)
 
 
 def _outputs(model: nn.Module, call: LossCall) -> list[Tensor]:
