@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -98,18 +99,13 @@ class Session:
         self._batch_size: int | None = None  # of the first step
         self._due: int | None = None  # step of the next measurement asked for
         self._previous = ""  # fingerprint of the last measured batch
-        self.capture = Capture(model, self.criterion, self._trainable, outputs)
+        self.capture = Capture(model, self.criterion, functools.partial(_trainable, self._optimizer), outputs)
         self.capture.arm()
 
     @property
     def params(self) -> list[Tensor]:
         """The optimizer's trainable parameters at present: groups are added and layers unfrozen along the way."""
-        return self._trainable()
-
-    def _trainable(self) -> list[Tensor]:
-        optimizer = self._optimizer()
-        groups = [] if optimizer is None else optimizer.param_groups
-        return [p for group in groups for p in group["params"] if p.requires_grad]
+        return _trainable(self._optimizer)
 
     def saw_nothing(self) -> bool:
         """No forward pass since the last step: the call of an initialiser, or a mistake."""
@@ -426,6 +422,12 @@ class CatapultMonitor:
         if seen.vector is not None:
             self._vector = seen.vector
         self._session.record(seen, update.rate)
+
+
+def _trainable(reference: weakref.ref[Optimizer]) -> list[Tensor]:
+    optimizer = reference()
+    groups = [] if optimizer is None else optimizer.param_groups
+    return [p for group in groups for p in group["params"] if p.requires_grad]
 
 
 def check_model(model: nn.Module, params: Sequence[Tensor]) -> None:
