@@ -1,0 +1,124 @@
+"""The examples run as a user runs them, and leave what they say."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from catapult_opt import read_log
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PNG = b"\x89PNG"
+
+
+def run(script, *args, check=True):
+    command = [sys.executable, str(EXAMPLES / script), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=check, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def batch_sizes(tmp_path_factory):
+    out = tmp_path_factory.mktemp("batch_sizes")
+    (out / "batch5-seed0.jsonl").write_text("left by an earlier call, to be replaced\n")
+    return out, run("batch_sizes.py", "--quick", "--out", out)
+
+
+@pytest.fixture(scope="module")
+def drop_in(tmp_path_factory):
+    out = tmp_path_factory.mktemp("drop_in")
+    return out, run("drop_in.py", "--quick", "--out", out)
+
+
+def test_batch_sizes_logs_every_run(batch_sizes):
+    out, _ = batch_sizes
+    assert {path.name for path in out.glob("*.jsonl")} == {f"batch{b}-seed0.jsonl" for b in (5, 10, 50, 500)}
+    for batch in (5, 10, 50, 500):
+        log = read_log(out / f"batch{batch}-seed0.jsonl")
+        assert log.dropped == []
+        assert log.header["batch_size"] == batch
+        every = 50 if batch == 500 else 10
+        assert len(log.measured) == -(-len(log.steps) // every)
+        validated = log.metric("val_loss")
+        best = min(validated, key=validated.get)
+        assert best in log.metric("test_loss")
+        assert 0 < log.metric("agop_alignment")[best] <= 1
+        assert log.metric("train_loss").keys() == validated.keys()
+
+
+def test_batch_sizes_shows_what_the_thesis_says(batch_sizes):
+    out, result = batch_sizes
+    rows = {int(row["batch_size"]): row for row in csv.DictReader((out / "runs.csv").open())}
+    above = [int(rows[b]["super_critical"]) / int(rows[b]["steps"]) for b in (5, 10, 50, 500)]
+    assert above == sorted(above, reverse=True)
+    assert above[0] > 0
+    assert above[-1] == 0  # the full batch trains at half its own critical rate
+    assert float(rows[5]["test_value"]) < float(rows[10]["test_value"]) < float(rows[500]["test_value"])
+    assert float(rows[5]["agop"]) > float(rows[500]["agop"])
+    assert "on 1 of 1 seeds" in " ".join(result.stdout.split())
+
+
+def test_batch_sizes_prints_the_report_and_the_table(batch_sizes):
+    out, result = batch_sizes
+    text = result.stdout
+    assert "not the thesis'" in text
+    for words in ("batch5-seed0", "At the best validation loss", "above critical", f"to {out}"):
+        assert words in text
+    assert "\x1b" not in text, "colour codes in a pipe"
+    assert "Warning" not in result.stderr
+
+
+def test_batch_sizes_takes_other_batch_sizes_and_seeds(tmp_path):
+    result = run("batch_sizes.py", "--quick", "--out", tmp_path, "--batch-sizes", 100, "--seeds", 2, "--workers", 1)
+    assert {path.name for path in tmp_path.glob("*.jsonl")} == {"batch100-seed0.jsonl", "batch100-seed1.jsonl"}
+    assert "mean ± sd of 2 seeds" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--batch-sizes", "501"], "--batch-sizes: 501 is more than the 500 training samples"),
+        (["--batch-sizes", "0"], "must be at least 1, got 0"),
+        (["--seeds", "-1"], "must be at least 1, got -1"),
+        (["--device", "nonsense"], "--device: nonsense cannot be used"),
+    ],
+)
+def test_batch_sizes_names_bad_arguments(args, message, tmp_path):
+    result = run("batch_sizes.py", "--quick", "--out", tmp_path / "out", *args, check=False)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_drop_in_logs_every_optimizer(drop_in):
+    out, result = drop_in
+    for name in ("SGD", "Adam", "CatapultSGD"):
+        log = read_log(out / f"{name}.jsonl")
+        assert log.dropped == []
+        assert len(log.steps) == 300
+        assert len(log.metric("test_loss")) == 30
+        assert name in result.stdout
+    assert "AGOP alignment" in result.stdout
+    assert "Warning" not in result.stderr
+
+
+def test_drop_in_catapult_sgd_catapults_and_generalises_best(drop_in):
+    out, _ = drop_in
+    logs = {name: read_log(out / f"{name}.jsonl") for name in ("SGD", "Adam", "CatapultSGD")}
+    assert sum(event["event"] == "catapult_recovered" for event in logs["CatapultSGD"].events) >= 3
+    best = {name: min(log.metric("val_loss").values()) for name, log in logs.items()}
+    assert min(best, key=best.get) == "CatapultSGD"
+
+
+@pytest.mark.parametrize(("example", "picture"), [("batch_sizes", "batch_sizes.png"), ("drop_in", "drop_in.png")])
+def test_pictures_where_matplotlib_is_there(example, picture, request):
+    pytest.importorskip("matplotlib")
+    out, result = request.getfixturevalue(example)
+    assert (out / picture).read_bytes().startswith(PNG)
+    assert picture in result.stdout
+
+
+@pytest.mark.parametrize("script", ["batch_sizes.py", "drop_in.py"])
+def test_help(script):
+    assert "--quick" in run(script, "--help").stdout
