@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .replay import ForwardCall, is_measuring, record_forward
+from .scaling import LossScaler, UnannouncedScaler, scale_of
 from .trees import tensors_in
 
 
@@ -55,7 +56,8 @@ class LossCall:
     """One term of the step's loss: a criterion call, the forward passes it depends on, and its weight in the sum."""
 
     value: Tensor  # detached, 0-d
-    weight: Tensor | None = None  # d(step's loss) / d(value), known once backward ran
+    weight: Tensor | None = None  # d(step's loss) / d(value), known once backward ran; a GradScaler's factor taken out
+    scale: Tensor | None = None  # that factor
     criterion: nn.Module | None = None  # None: the model returned the loss itself
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -115,9 +117,10 @@ class Capture:
         criterion: the module called in the loop, or None where the model's output is (or holds) the loss.
         params: gives the optimizer's trainable parameters, which may change (groups added, layers unfrozen).
         outputs: with criterion None, picks the scalar loss from what the model returns.
+        grad_scaler: the torch.amp.GradScaler that scales the step's loss, if one does.
 
-    A criterion call is kept alive by its loss until backward runs: a loss that is thrown away (validation with gradients
-    enabled) frees its graph at once, as it would without hooks.
+    A criterion call is kept alive by its loss until backward runs: a loss that is thrown away (validation with
+    gradients enabled) frees its graph at once, as it would without hooks.
     """
 
     def __init__(
@@ -126,10 +129,14 @@ class Capture:
         criterion: nn.Module | None,
         params: Callable[[], Sequence[Tensor]],
         outputs: Callable[[Any], Any] | None = None,
+        grad_scaler: LossScaler | None = None,
     ) -> None:
         self.model = model
         self.criterion = criterion
+        self._scaler = grad_scaler
+        self._unannounced = UnannouncedScaler() if grad_scaler is None else None
         self.armed = False
+        self.compiled = False  # is the hook that runs part of compiled code?
         self.forwards_seen = 0
         self._calls_seen = 0
         self._params = params
@@ -154,7 +161,12 @@ class Capture:
     def take(self) -> list[LossCall]:
         """The step's loss calls whose backward pass ran, and forget everything: the next step starts clean."""
         calls = self._done
+        if self._scaler is not None and len(calls) > 1:
+            calls = _without_skipped(calls, scale_of(self._scaler, calls[0].value), self.armed)
         self.clear()
+        if self._unannounced is not None:  # a scaler is there from the first step on
+            self._unannounced.stop()
+            self._unannounced = None
         return calls
 
     @property
@@ -171,7 +183,7 @@ class Capture:
                 "call the very module passed as model=, not under torch.no_grad()"
             )
         if self._done:
-            return None
+            return self._unannounced.problem() if self._unannounced is not None else None
         if not self.pending:
             what = "loss that needs gradients" if self.criterion is None else f"call of {type(self.criterion).__name__}"
             return (
@@ -191,6 +203,8 @@ class Capture:
     def detach(self) -> None:
         """Remove the hooks."""
         _remove(self._handles)
+        if self._unannounced is not None:
+            self._unannounced.stop()
         self.clear()
 
     # hooks; all return None, so that nothing of the user's is changed
@@ -200,7 +214,7 @@ class Capture:
             return
         self.forwards_seen += 1
         if self.armed:
-            self._started.append(record_forward(self.model, self._params(), args, kwargs))
+            self._started.append(record_forward(self.model, self._params(), args, kwargs, self.compiled))
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if is_measuring() or not torch.is_grad_enabled():
@@ -241,24 +255,38 @@ class Capture:
             # have no gradients yet either, but they had not finished when this call was made.
             self._done = [done for done in self._done if done.finished >= call.made]
         call.weight, call.finished = weight.detach(), self._calls_seen
+        if self._scaler is not None:
+            call.scale = scale_of(self._scaler, call.weight)
+            call.weight = call.weight / call.scale
+        elif self._unannounced is not None and self.armed:
+            self._unannounced.watch(call.weight, self._params())
         if not any(done is call for done in self._done):
             self._done.append(call)
 
 
 class _Hook:
-    """A hook that does not keep its capture alive and is inert in a deep copy or a pickle of the model."""
+    """A hook that does not keep its capture alive and is inert in a deep copy or a pickle of the model.
+
+    Where the loop calls a compiled version of the model, the hook is compiled in; what it does then stays outside.
+    """
 
     def __init__(self, capture: Capture | None = None, method: str = "") -> None:
         self._capture = None if capture is None else weakref.ref(capture)
         self._method = method
+        self._call = _call if capture is None else torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
 
     def __call__(self, *args: Any) -> None:
         capture = self._capture() if self._capture is not None else None
         if capture is not None:
-            getattr(capture, self._method)(*args)
+            self._call(capture, self._method, torch.compiler.is_compiling(), args)
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()
+
+
+def _call(capture: Capture, method: str, compiled: bool, args: tuple[Any, ...]) -> None:
+    capture.compiled = compiled
+    getattr(capture, method)(*args)
 
 
 class _Weigh:
@@ -271,6 +299,20 @@ class _Weigh:
         capture = self._capture()
         if capture is not None and not is_measuring():
             capture._backward_ran(self._call, grad)
+
+
+def _without_skipped(calls: list[LossCall], scale: Tensor, drop: bool) -> list[LossCall]:
+    """Without those of another scale: theirs was a step that the scaler skipped, lowering its scale.
+
+    Emptied where they may not be dropped, which takes reading the scales from the device.
+    """
+    if drop:
+        return [call for call in calls if call.scale is None or bool(call.scale == scale)]
+    for call in calls:
+        assert call.weight is not None and call.scale is not None
+        call.value = torch.where(call.scale == scale, call.value, 0)
+        call.weight = torch.where(call.scale == scale, call.weight, 0)
+    return calls
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -57,6 +57,8 @@ class ForwardCall:
     weights: list[Tensor]  # all the model's, also those that another optimizer trains
     versions: list[int]  # of the weights and the tensor arguments: were they changed since?
     autocast: bool
+    compiled: bool = False  # the loop called torch.compile's version of a model given uncompiled
+    random: bool = False  # it drew random numbers
     outputs: list[Tensor] = field(default_factory=list)  # those that need gradients, as the loop got them
     places: list[int] = field(default_factory=list)  # where they stand among all tensors of the output
     base: list[Tensor] | None = None  # detached outputs at the weights of the step
@@ -66,6 +68,7 @@ class ForwardCall:
     def finish(self, output: Any) -> None:
         """Keep the outputs that gradients flow through, and the buffers that were changed."""
         self.buffers = [b for b in self.buffers if b.changed()]
+        self.random = any(not torch.equal(_random_state(device), state) for device, state in self.rng)
         every = tensors_in(output)
         self.places = [i for i, t in enumerate(every) if t.requires_grad and t.is_floating_point()]
         self.outputs = [every[i] for i in self.places]
@@ -91,6 +94,7 @@ class ForwardCall:
         return (
             self.base is not None
             and not self.autocast
+            and not self.compiled
             and all(b.element_size() >= 4 for b in self.base)
             and [w._version for w in self.weights] == self.versions[: len(self.weights)]
             and [t._version for t in self.outputs] == self.output_versions
@@ -98,24 +102,31 @@ class ForwardCall:
 
 
 def record_forward(
-    model: nn.Module, params: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, params: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool = False
 ) -> ForwardCall:
     """What has to be known at the start of a forward pass to run it again."""
     devices = {p.device for p in params if p.device.type not in ("cpu", "meta")}
-    rng: list[tuple[str | None, Tensor]] = [(None, torch.get_rng_state())]
-    rng += [(str(d), torch.get_device_module(d).get_rng_state(d)) for d in devices]
+    places: list[str | None] = [None, *map(str, devices)]
     kinds = {p.device.type for p in params}
     weights: list[Tensor] = list(model.parameters())
     return ForwardCall(
         args=args,
         kwargs=kwargs,
-        rng=rng,
+        rng=[(place, _random_state(place)) for place in places],
         modes=[m.training for m in model.modules()],
         weights=weights,
         versions=[t._version for t in [*weights, *tensors_in((args, kwargs))]],
         autocast=any(torch.is_autocast_enabled(kind) for kind in kinds if kind != "meta"),
+        compiled=compiled,
         buffers=[Buffer(m, name, b, b._version, b.detach().clone()) for m, name, b in buffers_of(model.modules())],
     )
+
+
+def _random_state(device: str | None) -> Tensor:
+    if device is None:
+        return torch.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
 
 
 def buffers_of(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
