@@ -25,12 +25,16 @@ class BaseUpdate:
     critical: Callable[[float], float]  # lambda_max of scale^(1/2) G scale^(1/2) -> critical rate
 
 
-def next_update(optimizer: Optimizer) -> BaseUpdate:
+def next_update(optimizer: Optimizer, *, scale: bool = True) -> BaseUpdate:
     """The update the optimizer is about to make with the gradients present.
 
     The preconditioner P of Adam, AdamW, RMSprop and Adagrad is the one this very step will use (the running averages
     with the present gradient in), taken as frozen; their critical rates are those of DESIGN's formulas for the
     preconditioned curvature P^(-1/2) G P^(-1/2).
+
+    Args:
+        optimizer: whose step is about to be made.
+        scale: False where the scale is not needed: finding P takes about as long as the update.
 
     Raises:
         TypeError: not one of torch's SGD, Adam, AdamW, RMSprop, Adagrad.
@@ -41,10 +45,12 @@ def next_update(optimizer: Optimizer) -> BaseUpdate:
     largest = max(rates)
     relative = [r / largest if largest else 1.0 for r in rates]
     if _is_sgd(optimizer):
-        scale: Scale = None if all(r == 1.0 for r in relative) else relative
-        return BaseUpdate(largest, scale, lambda lam: min(_sgd(g, lam) for g in groups))
+        rated: Scale = None if all(r == 1.0 for r in relative) else relative
+        return BaseUpdate(largest, rated, lambda lam: min(_sgd(g, lam) for g in groups))
     inverse, critical = _ADAPTIVE[_adaptive_kind(optimizer)]
-    tensors = [r * inverse(g, p, optimizer.state.get(p, {})) for r, (g, p) in zip(relative, members, strict=True)]
+    tensors: Scale = None
+    if scale:
+        tensors = [r * inverse(g, p, optimizer.state.get(p, {})) for r, (g, p) in zip(relative, members, strict=True)]
     return BaseUpdate(largest, tensors, lambda lam: min(critical(g, lam) for g in groups))
 
 

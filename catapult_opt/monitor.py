@@ -24,6 +24,7 @@ from .curvature.operators import ENGINES, StepSize
 from .curvature.vectors import Vector
 from .measure import GRAM, CriticalLR, MeasurementError, MeasurementWarning, choose_engine, measure, trainable
 from .runlog import RunLogWriter
+from .scaling import LossScaler, check_scaler
 from .trees import tensors_in
 
 # A first measurement pays once for a good vector; later ones start from it.
@@ -37,11 +38,24 @@ _MINI_BATCH_SMOOTHING = 50
 class Observation:
     """What a step saw before its update."""
 
-    loss: float
+    loss: float | None  # None: left on its device, on a step where nobody asks for it
     critical: CriticalLR | None  # eta_crit of the base update; None on a step that was not (or could not be) measured
     vector: Vector | None  # to start the next measurement from
     seconds: float  # spent measuring
     smoothing: int  # steps to average over: 1 where the batch is the same every step
+    late: Tensor | None = None  # the loss, if left on its device
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A step decided, to be counted and logged once its loss is known."""
+
+    record: dict[str, Any]
+    rate: float
+    critical: CriticalLR | None
+    smoothing: int
+    events: list[Event]
+    late: Tensor | None = None
 
 
 class Session:
@@ -55,6 +69,9 @@ class Session:
         engine: how curvature is measured, see `CatapultSGD`.
         log: path of the run log, or None.
         settings: for the header of the log.
+
+    Losses on an accelerator are read, which waits for it, on measured steps and where asked for; the others stay there
+    until then and are counted and logged in order.
     """
 
     def __init__(
@@ -69,7 +86,9 @@ class Session:
         engine: str,
         log: str | os.PathLike[str] | None,
         settings: dict[str, Any],
+        grad_scaler: LossScaler | None,
     ) -> None:
+        check_scaler(grad_scaler)
         check_model(model, [p for group in optimizer.param_groups for p in group["params"]])
         if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             raise ValueError(f"every must be a whole number >= 1, got {every!r}")
@@ -84,7 +103,7 @@ class Session:
         self.model = model
         self.criterion = None if criterion is None else as_module(criterion)
         self._optimizer = weakref.ref(optimizer)  # no cycle: hooks and log go when the optimizer goes
-        self.counter = CatapultCounter()
+        self._counter = CatapultCounter()
         self.step = 0
         self.last: CriticalLR | None = None
         self.step_size = StepSize()
@@ -94,12 +113,15 @@ class Session:
         self._outputs = outputs
         self._face, self._settings = face, settings
         self._writer = None if log is None else RunLogWriter(log)
+        self._waiting: list[_Entry] = []  # for their losses
+        self._finish = weakref.finalize(self, _finish, self._waiting, self._counter, self._writer)
         self._started = self._rewound = False
         self._repeated = False
         self._batch_size: int | None = None  # of the first step
         self._due: int | None = None  # step of the next measurement asked for
         self._previous = ""  # fingerprint of the last measured batch
-        self.capture = Capture(model, self.criterion, functools.partial(_trainable, self._optimizer), outputs)
+        params = functools.partial(_trainable, self._optimizer)
+        self.capture = Capture(model, self.criterion, params, outputs, grad_scaler)
         self.capture.arm()
 
     @property
@@ -107,16 +129,29 @@ class Session:
         """The optimizer's trainable parameters at present: groups are added and layers unfrozen along the way."""
         return _trainable(self._optimizer)
 
+    @property
+    def counter(self) -> CatapultCounter:
+        """Counts up to the present step."""
+        self.catch_up()
+        return self._counter
+
+    def catch_up(self) -> bool:
+        """Read the losses left on the device; were there any?"""
+        waited = bool(self._waiting)
+        _catch_up(self._waiting, self._counter, self._writer)
+        return waited
+
     def saw_nothing(self) -> bool:
         """No forward pass since the last step: the call of an initialiser, or a mistake."""
         return self.capture.forwards_seen == 0 and not self.capture.pending
 
-    def observe(self, start: Vector | None, update: BaseUpdate) -> Observation:
+    def observe(self, start: Vector | None, update: BaseUpdate, need_loss: bool = False) -> Observation:
         """Take the step's captured calls; on a measured step find its critical rate.
 
         Args:
             start: warm-start vector.
             update: what the base optimizer is about to do.
+            need_loss: read the loss whatever it takes.
 
         Raises:
             RuntimeError: nothing was captured; says what to do.
@@ -125,8 +160,10 @@ class Session:
         if problem:
             raise RuntimeError(problem)
         calls = self.capture.take()
-        loss = float(torch.stack([c.value * c.weight for c in calls if c.weight is not None]).sum())
-        if self.counter.measured_steps == 0 and not math.isfinite(loss):
+        late = torch.stack([c.value * c.weight for c in calls if c.weight is not None]).sum()
+        read = need_loss or self.capture.armed or late.device.type == "cpu"
+        loss = _catch_up(self._waiting, self._counter, self._writer, late) if read else None
+        if self._counter.measured_steps == 0 and loss is not None and not math.isfinite(loss):
             raise MeasurementError(f"the first loss is {loss}: is there a NaN or inf in the batch or the weights?")
         self.step += 1
         found: CriticalLR | None = None
@@ -135,11 +172,12 @@ class Session:
         self._start_log(calls)
         if self.capture.armed:
             self._notice_repetition(calls)
-            if math.isfinite(loss) or self.counter.measured_steps == 0:
+            if (loss is not None and math.isfinite(loss)) or self._counter.measured_steps == 0:
                 found, vector = self._measure(calls, start, update)
             self.last = found or self.last
         seconds = time.perf_counter() - begun
-        return Observation(loss, found, vector, seconds, 1 if self._repeated else _MINI_BATCH_SMOOTHING)
+        smoothing = 1 if self._repeated else _MINI_BATCH_SMOOTHING
+        return Observation(loss, found, vector, seconds, smoothing, None if read else late)
 
     def record(
         self,
@@ -150,7 +188,7 @@ class Session:
         measure_in: int | None = None,
     ) -> None:
         """Count and log the step just decided; measure again in `measure_in` steps at the latest."""
-        record: dict[str, Any] = {"loss": seen.loss, "effective_lr": rate}
+        record: dict[str, Any] = {"step": self.step, "loss": seen.loss, "effective_lr": rate}
         found = seen.critical
         events, self._events = [*self._events, *events], []
         if found is not None:
@@ -165,17 +203,11 @@ class Session:
             }
             if found.ntk_lambda_max is not None:
                 record["ntk_lambda_max"] = found.ntk_lambda_max
-        events += self.counter.update(
-            loss=seen.loss,
-            rate=rate,
-            lambda_max=None if found is None else found.lambda_max,
-            eta_crit=None if found is None else found.eta_crit,
-            smoothing=seen.smoothing,
-        )
-        if self._writer is not None:
-            self._writer.step({"step": self.step, **record})
-            for name, details in events:
-                self._writer.event(self.step, name, **details)
+        entry = _Entry(record, rate, found, seen.smoothing, events, seen.late)
+        if seen.loss is None:
+            self._waiting.append(entry)
+        else:
+            _write(entry, seen.loss, self._counter, self._writer)
         if measure_in is not None:
             due = self.step + measure_in
             # A measurement already planned earlier stays: the intervals of a new phase do not push it out.
@@ -196,20 +228,20 @@ class Session:
             except (TypeError, ValueError) as error:
                 raise TypeError(f"metric {name} must be a number, got {value!r}") from error
         if self._writer is not None and self._started:
+            self.catch_up()
             self._writer.metrics(self.step, numbers)
 
     def detach(self) -> None:
         """Remove the hooks and close the log."""
         self.capture.detach()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._finish()
+        self._writer = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers that continue the session elsewhere."""
         return {
             "step": self.step,
-            "counter": self.counter.state_dict(),
+            "counter": self._counter.state_dict(),  # of the losses read so far
             "step_size": self.step_size.relative,
             "engine": self.engine,
             "repeated": self._repeated,
@@ -234,7 +266,7 @@ class Session:
     def _measure(
         self, calls: Sequence[LossCall], start: Vector | None, update: BaseUpdate
     ) -> tuple[CriticalLR | None, Vector | None]:
-        cold = self.counter.measured_steps == 0
+        cold = self._counter.measured_steps == 0
         try:
             if not self.engine:
                 self.engine, reason = choose_engine(self.model, self.criterion, self.params, calls, update.scale)
@@ -253,7 +285,7 @@ class Session:
                 max_matvecs=_COLD_MATVECS if cold else _MATVECS,
             )
         except Exception as error:
-            if self.counter.measured_steps == 0:
+            if self._counter.measured_steps == 0:
                 self.step -= 1
                 raise
             warnings.warn(
@@ -310,6 +342,7 @@ class CatapultMonitor:
         engine: how curvature is measured, see `CatapultSGD`.
         log: path of the run log (JSON lines), or None.
         outputs: with criterion=None, picks the scalar loss from what the model returns.
+        grad_scaler: the torch.amp.GradScaler that scales the loss, if one does (or an object with its scale(loss)).
 
     Raises:
         ValueError, TypeError: an argument is not usable; says which and why.
@@ -335,6 +368,7 @@ class CatapultMonitor:
         engine: str = "auto",
         log: str | os.PathLike[str] | None = None,
         outputs: Callable[[Any], Any] | None = None,
+        grad_scaler: LossScaler | None = None,
     ) -> None:
         check_supported(optimizer)
         self._optimizer = optimizer
@@ -349,6 +383,7 @@ class CatapultMonitor:
             engine=engine,
             log=log,
             settings=settings,
+            grad_scaler=grad_scaler,
         )
         self._vector: Vector | None = None
         self._handle = optimizer.register_step_pre_hook(self._before_step)
@@ -417,11 +452,55 @@ class CatapultMonitor:
     def _observe(self, optimizer: Optimizer) -> None:
         if self._session.saw_nothing():
             return
-        update = next_update(optimizer)
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise RuntimeError(
+                "CatapultMonitor cannot watch a fused optimizer under a GradScaler, which unscales gradients where "
+                "nobody sees it: pass fused=False to the optimizer"
+            )
+        update = next_update(optimizer, scale=self._session.capture.armed)
         seen = self._session.observe(self._vector, update)
         if seen.vector is not None:
             self._vector = seen.vector
         self._session.record(seen, update.rate)
+
+
+def _catch_up(
+    waiting: list[_Entry], counter: CatapultCounter, writer: RunLogWriter | None, loss: Tensor | None = None
+) -> float | None:
+    """Read the losses left on the device and this one, all at once; count and log the steps that waited for theirs."""
+    late = [entry.late for entry in waiting if entry.late is not None] + ([] if loss is None else [loss])
+    numbers = read_numbers(late) if late else []
+    for entry, number in zip(waiting, numbers, strict=False):
+        _write(entry, number, counter, writer)
+    waiting.clear()
+    return None if loss is None else numbers[-1]
+
+
+def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
+    """The one place where a step waits for the device."""
+    return [float(x) for x in torch.stack([t.to(tensors[0].device) for t in tensors]).tolist()]
+
+
+def _write(entry: _Entry, loss: float, counter: CatapultCounter, writer: RunLogWriter | None) -> None:
+    found, step = entry.critical, entry.record["step"]
+    events = counter.update(
+        loss=loss,
+        rate=entry.rate,
+        lambda_max=None if found is None else found.lambda_max,
+        eta_crit=None if found is None else found.eta_crit,
+        smoothing=entry.smoothing,
+    )
+    if writer is not None:
+        writer.step({**entry.record, "loss": loss})
+        for name, details in [*entry.events, *events]:
+            writer.event(step, name, **details)
+
+
+def _finish(waiting: list[_Entry], counter: CatapultCounter, writer: RunLogWriter | None) -> None:
+    """At detach, when the session goes, or when the interpreter does."""
+    _catch_up(waiting, counter, writer)
+    if writer is not None:
+        writer.close()
 
 
 def _trainable(reference: weakref.ref[Optimizer]) -> list[Tensor]:

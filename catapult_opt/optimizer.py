@@ -16,9 +16,11 @@ from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
 from .bases import next_update
+from .curvature.vectors import Vector
 from .measure import CriticalLR
 from .monitor import Session, check_model
 from .policy import Catapulter, CatapultPolicy, Decision
+from .scaling import LossScaler
 
 _VECTOR = "catapult_vector"  # warm start of the next measurement
 _SNAPSHOT = "catapult_snapshot"  # weights to return to from a catapult that does not come back
@@ -41,10 +43,11 @@ class CatapultSGD(Optimizer):
         momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable: as for torch.optim.SGD.
         policy: a `CatapultPolicy`; None for the default. `CatapultPolicy(total_steps=...)` where the length is known.
         every: measure at least every so many steps; None: when the policy asks for it (1: every step, the dearest log).
-        engine: how curvature is measured: "finite-difference" (works on everything), "forward" or "double-backward" (exact
-            where they work), "layerwise-gram" (linear layers, one scalar output); "auto" decides on the first step.
+        engine: how curvature is measured: "finite-difference" (works on everything), "forward" or "double-backward"
+            (exact where they work), "layerwise-gram" (linear layers, one scalar output); "auto": decided on step one.
         log: path of the run log for `catapult-opt report`, or None.
         outputs: with criterion=None, picks the scalar loss from what the model returns.
+        grad_scaler: the torch.amp.GradScaler that scales the loss, if one does (or an object with its scale(loss)).
 
     Raises:
         ValueError, TypeError: an argument is not usable; says which and why.
@@ -81,6 +84,7 @@ class CatapultSGD(Optimizer):
         engine: str = "auto",
         log: str | os.PathLike[str] | None = None,
         outputs: Callable[[Any], Any] | None = None,
+        grad_scaler: LossScaler | None = None,
     ) -> None:
         if fused:
             raise ValueError(
@@ -107,10 +111,19 @@ class CatapultSGD(Optimizer):
         self._written: str | None = None
         if model is not None:
             self.attach(
-                model=model, criterion=criterion, policy=policy, every=every, engine=engine, log=log, outputs=outputs
+                model=model,
+                criterion=criterion,
+                policy=policy,
+                every=every,
+                engine=engine,
+                log=log,
+                outputs=outputs,
+                grad_scaler=grad_scaler,
             )
-        elif not (criterion is None and policy is None and log is None and outputs is None):
-            raise ValueError("criterion, policy, log and outputs need a model: pass model=, or none of them")
+        elif any(x is not None for x in (criterion, policy, log, outputs, grad_scaler)):
+            raise ValueError(
+                "criterion, policy, log, outputs and grad_scaler need a model: pass model=, or none of them"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its settings are checked as those of the constructor."""
@@ -138,6 +151,7 @@ class CatapultSGD(Optimizer):
         engine: str = "auto",
         log: str | os.PathLike[str] | None = None,
         outputs: Callable[[Any], Any] | None = None,
+        grad_scaler: LossScaler | None = None,
     ) -> None:
         """(Re)connect to model and criterion: after a deep copy or unpickling, which keep the state but no hooks."""
         if policy is not None and not isinstance(policy, CatapultPolicy):
@@ -155,6 +169,7 @@ class CatapultSGD(Optimizer):
             engine=engine,
             log=log,
             settings=settings,
+            grad_scaler=grad_scaler,
         )
         self.detach()
         self._session, self._machine, self._written = session, Catapulter(policy), None
@@ -208,6 +223,12 @@ class CatapultSGD(Optimizer):
             group.setdefault("foreach", None)
             group.setdefault("differentiable", False)
 
+    def state_dict(self) -> dict[str, Any]:
+        """torch's own, with the controller's state of this very step."""
+        if self._session is not None and self._session.catch_up():
+            self._store()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict: the run then goes on as it would have gone where it was taken, to the bit."""
         super().load_state_dict(state_dict)
@@ -258,9 +279,12 @@ class CatapultSGD(Optimizer):
         assert session is not None and machine is not None
         self._load()
         update = next_update(self)
-        start = [self.state.get(p, {}).get(_VECTOR, torch.zeros_like(p)) for p in session.params]
-        seen = session.observe(start, update)
+        seen = session.observe(self._start(), update, need_loss=machine.phase != "settle")
         self._prepare_state()
+        if seen.loss is None:  # nothing new: as at the last measurement
+            session.record(seen, update.rate * machine.rate, machine.phase)
+            self._store()
+            return Decision(machine.rate, machine.phase)
         eta_crit = None if seen.critical is None else seen.critical.eta_crit
         decision = machine.update(step=session.step, loss=seen.loss, eta_crit=eta_crit, smoothing=seen.smoothing)
         if seen.vector is not None:
@@ -272,6 +296,13 @@ class CatapultSGD(Optimizer):
         session.record(seen, update.rate * decision.rate, decision.phase, decision.events, decision.measure_in)
         self._store()
         return decision
+
+    def _start(self) -> Vector | None:
+        """The warm start, on a measured step."""
+        assert self._session is not None
+        if not self._session.capture.armed:
+            return None
+        return [self.state.get(p, {}).get(_VECTOR, torch.zeros_like(p)) for p in self._session.params]
 
     def _update(self, rate: float | None) -> None:
         """torch's own SGD update at lr * rate (None: at lr)."""
