@@ -13,12 +13,21 @@ from torch import Tensor, nn
 from .capture import LossCall, as_module, connect, loss_of, scalar_loss
 from .curvature.eigensolver import top_eigenvalue
 from .curvature.gram import LARGEST_BATCH, NotLayerwise, gram_lambda_max
-from .curvature.operators import ENGINES, FINITE_DIFFERENCE, GGN, LossHessian, Scale, StepSize, adjoint_error, reproduces
+from .curvature.operators import (
+    ENGINES,
+    FINITE_DIFFERENCE,
+    GGN,
+    LossHessian,
+    Scale,
+    StepSize,
+    adjoint_error,
+    other_masks,
+    reproduces,
+)
 from .curvature.output_hessian import OutputHessian
 from .curvature.vectors import Vector, random_unit
 from .replay import precise, preserved, record_forward, replay
 from .trees import map_tensors
-
 
 GRAM = "layerwise-gram"
 # Products further from symmetry than this are wrong, not rounded.
@@ -136,6 +145,11 @@ def choose_engine(
     if criterion is None:
         return "hessian", "the model returns the loss"
     with preserved(model, criterion, params):
+        if other_masks(model, calls):
+            raise MeasurementError(
+                "the loop calls torch.compile's version of the model, whose random numbers (dropout) differ from those "
+                "of the uncompiled one: pass the compiled module as model="
+            )
         if not reproduces(model, params, calls):
             return "double-backward", "the model does not repeat its own outputs, which rules out differences of them"
         matrix_free, reason = _matrix_free(model, params, calls)
@@ -167,7 +181,7 @@ def _check(calls: Sequence[LossCall], criterion: nn.Module | None) -> None:
     if not calls or any(not call.forwards for call in calls):
         raise MeasurementError(
             "the criterion was called on something that does not come from the model: pass the model whose outputs "
-            "reach the criterion"
+            "reach the criterion (checkpointing the whole model needs use_reentrant=False)"
         )
     if any(f.inputs_changed() for call in calls for f in call.forwards):
         raise MeasurementError("the batch was modified in place between the forward pass and step(): copy it instead")

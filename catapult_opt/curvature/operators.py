@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..capture import LossCall, loss_of
-from ..replay import ForwardCall, replay
+from ..replay import ForwardCall, precise, replay
 from ..trees import tensors_in
 from .output_hessian import OutputHessian
 from .vectors import Vector, dot, norm, random_unit, scaled
@@ -32,6 +32,8 @@ _TARGET_DEFAULT = 2e-4
 _STEP = {torch.float64: 1e-8}
 _STEP_DEFAULT = 1e-5
 _STEP_RANGE = 100.0
+# Compiled code rounds differently (in bfloat16 by 1 %); another dropout mask moves the outputs by more.
+_OTHER_MASK = 0.03
 _STEP_RETRIES = 2
 
 
@@ -76,6 +78,41 @@ class GGN:
         for call, hessian, (outputs, tangents) in zip(self._calls, self.hessians, self._linearize(v), strict=True):
             _accumulate(total, outputs, _through_loss(call, hessian, tangents), self._params)
         return self._mover.scaled(total)
+
+
+class NTK:
+    """Tangent kernel K = J J^T of the captured outputs: a vector has one tensor per model output, shaped like it.
+
+    Its non-zero eigenvalues are those of the GGN of (1/2) sum (f - y)^2. A product is a backward pass and a linearization.
+    Only inside `preserved`.
+    """
+
+    semidefinite = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Sequence[Tensor],
+        calls: Sequence[LossCall],
+        step: StepSize,
+        scale: Scale = None,
+        engine: str = "finite-difference",
+    ) -> None:
+        self._model, self._params, self._calls = model, list(params), calls
+        self._mover = _Mover(self._params, scale)
+        self._linearize: Linearizer = ENGINES[engine](model, self._mover, calls, step)
+
+    def matvec(self, u: Vector) -> Vector:
+        """K u."""
+        self._mover.move([torch.zeros_like(p) for p in self._params], 0.0)
+        pulled = [torch.zeros_like(p) for p in self._params]
+        outputs = [t for call in self._calls for t in _outputs(self._model, call)]
+        _accumulate(pulled, outputs, u, self._params)
+        size = float(norm(pulled))
+        if size == 0:
+            return [torch.zeros_like(x) for x in u]
+        direction = [x / size for x in self._mover.scaled(pulled)]
+        return [t * size for _, tangents in self._linearize(direction) for t in tangents]
 
 
 # For each loss call the model's outputs, with a graph to pull cotangents back through, and their change along v.
@@ -273,6 +310,16 @@ def reproduces(model: nn.Module, params: Sequence[Tensor], calls: Sequence[LossC
     with torch.no_grad():
         runs = [[t.clone() for call in calls for t in _outputs(model, call)] for _ in range(2)]
     return _relative_move(runs[0], runs[1]) < _TARGET.get(params[0].dtype, _TARGET_DEFAULT) / 10
+
+
+def other_masks(model: nn.Module, calls: Sequence[LossCall]) -> bool:
+    """Does the loop call a compiled version of the model whose dropout masks are others? Only inside `preserved`."""
+    with torch.no_grad():
+        for f in (f for call in calls for f in call.forwards if f.compiled and f.random and f.base is not None):
+            again = selected(replay(model, f), f)
+            if _relative_move([precise(t) for t in f.base or []], again) > _OTHER_MASK:
+                return True
+    return False
 
 
 def adjoint_error(model: nn.Module, params: Sequence[Tensor], call: LossCall, engine: str) -> float:
