@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from catapult_opt.curvature.eigensolver import top_eigenvalue
+from catapult_opt.curvature.eigensolver import top_eigenpairs, top_eigenvalue
 
 F64 = torch.float64
 
@@ -135,3 +135,23 @@ def test_refuses_a_start_without_direction(bad: float) -> None:
 def test_says_so_when_a_product_is_not_finite() -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
         top_eigenvalue(lambda u: [u[0] * float("nan")], start(3))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(6, 40), st.integers(1, 5), st.integers(0, 10_000))
+def test_top_pairs_of_random_matrices(n: int, k: int, seed: int) -> None:
+    x = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    a = x + x.T
+    pairs = top_eigenpairs(lambda u: [a @ u[0]], start(n, seed + 1), k, tol=1e-9)
+    truth = np.linalg.eigvalsh(a.numpy())[::-1][:k]
+    assert pairs.values == pytest.approx(list(truth), abs=1e-6)
+    assert pairs.converged
+    stacked = torch.stack([v[0] for v in pairs.vectors])
+    torch.testing.assert_close(stacked @ stacked.T, torch.eye(k, dtype=F64), atol=1e-8, rtol=0)
+
+
+def test_top_pairs_says_when_the_cap_came_first() -> None:
+    a = matrix(list(np.linspace(0, 1, 60)))
+    pairs = top_eigenpairs(lambda u: [a @ u[0]], start(60), 3, tol=1e-9, max_matvecs=6)
+    assert (pairs.matvecs, pairs.converged) == (6, False)
+    assert max(pairs.residuals) > 1e-9

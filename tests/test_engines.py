@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from catapult_opt import CatapultMonitor, MeasurementError, critical_lr, read_log
 from catapult_opt.analysis.networks import ntk_mlp
+from catapult_opt.capture import Capture
+from catapult_opt.curvature.operators import NTK, StepSize
+from catapult_opt.replay import preserved
 
 ENGINES = ["finite-difference", "forward", "double-backward"]
 
@@ -79,6 +82,24 @@ def test_layerwise_gram_with_a_loss_of_varying_curvature() -> None:
     assert monitor.last is not None
     assert monitor.last.lambda_max == pytest.approx(truth, rel=1e-8)
     assert monitor.last.ntk_lambda_max is None
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ntk_products_match_the_explicit_kernel(engine: str) -> None:
+    model, (x, y) = relu_net(3), batch(out=3)
+    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(o, list(model.parameters()), retain_graph=True)])
+            for o in model(x).flatten()]  # fmt: skip
+    jacobian = torch.stack(rows)
+    params: list[Tensor] = list(model.parameters())
+    criterion = nn.MSELoss()
+    capture = Capture(model, criterion, lambda: params)
+    capture.arm()
+    criterion(model(x), y).backward()
+    calls = capture.take()
+    u = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    with preserved(model, criterion, params):
+        (product,) = NTK(model, params, calls, StepSize(), engine=engine).matvec([u])
+    torch.testing.assert_close(product.flatten(), jacobian @ jacobian.T @ u.flatten(), rtol=1e-5, atol=1e-5)
 
 
 class Doubled(nn.Module):

@@ -89,6 +89,62 @@ def top_eigenvalue(
 
 
 @dataclass(frozen=True)
+class EigenPairs:
+    """The top eigenpairs of a symmetric operator, largest first."""
+
+    values: list[float]  # k
+    vectors: list[Vector]  # k unit vectors, orthogonal to each other
+    residuals: list[float]  # |A v - theta v| / largest theta
+    matvecs: int
+    converged: bool
+
+
+def top_eigenpairs(
+    matvec: Callable[[Vector], Vector],
+    start: Sequence[Tensor],
+    k: int,
+    *,
+    tol: float = 1e-3,
+    max_matvecs: int = 200,
+) -> EigenPairs:
+    """The k largest (algebraic) eigenpairs of a symmetric operator, by Lanczos with full orthogonalisation.
+
+    Keeps two vectors a product. From one start vector an eigenvalue of multiplicity m shows once, not m times.
+
+    Args:
+        matvec, start: as for `top_eigenvalue`.
+        k: number of pairs; fewer come back where the start spans fewer.
+        tol: relative residual at which a pair counts as found.
+        max_matvecs: cap on the number of products.
+
+    Example:
+        >>> a = torch.diag(torch.tensor([4.0, 2.0, 1.0, 0.5]))
+        >>> pairs = top_eigenpairs(lambda v: [a @ v[0]], [torch.ones(4)], 2)
+        >>> [round(value, 3) for value in pairs.values]
+        [4.0, 2.0]
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    krylov, vector = _Krylov(), scaled(start, 1.0 / _positive(float(norm(start))))
+    while True:
+        krylov.append(vector, matvec(vector))
+        pairs = krylov.pairs(k)
+        found = len(pairs) == k and all(residual <= tol for _, _, residual in pairs)
+        done = len(krylov.basis)
+        if not (found or done >= max_matvecs):
+            vector = _orthogonal(krylov.products[-1], krylov.basis)
+            found = not vector
+        if found or done >= max_matvecs:
+            return EigenPairs(
+                [value for value, _, _ in pairs],
+                [combine(krylov.basis, list(c)) for _, c, _ in pairs],
+                [residual for _, _, residual in pairs],
+                done,
+                found,
+            )
+
+
+@dataclass(frozen=True)
 class _Ritz:
     value: float  # the estimate
     theta: float  # Ritz value
@@ -131,6 +187,16 @@ class _Krylov:
             )
             value = min(max(theta, float(harmonic[-1])), theta * (1 + residual))
         return _Ritz(value, theta, c, residual)
+
+    def pairs(self, k: int) -> list[tuple[float, Matrix, float]]:
+        """Ritz values, coefficients of the Ritz vectors, and residuals relative to the largest; largest first."""
+        thetas, vectors = np.linalg.eigh(self.vw)
+        largest = float(np.abs(thetas).max()) or 1.0
+        pairs = []
+        for theta, c in list(zip(thetas, vectors.T, strict=True))[: -k - 1 : -1]:
+            squared = float(c @ self.ww @ c) - theta**2
+            pairs.append((float(theta), c, math.sqrt(max(squared, 0.0)) / largest))
+        return pairs
 
     def ritz_vector(self, ritz: _Ritz) -> Vector:
         return combine(self.basis, [float(c) for c in ritz.coefficients])
