@@ -25,7 +25,7 @@ from .curvature.vectors import Vector
 from .measure import GRAM, CriticalLR, MeasurementError, MeasurementWarning, choose_engine, measure, trainable
 from .runlog import RunLogWriter
 from .scaling import LossScaler, check_scaler
-from .trees import tensors_in
+from .trees import read_numbers, tensors_in
 
 # A first measurement pays once for a good vector; later ones start from it.
 _COLD_TOL, _COLD_MATVECS = 9e-4, 30
@@ -474,11 +474,6 @@ def _catch_up(
         _write(entry, number, counter, writer)
     waiting.clear()
     return None if loss is None else numbers[-1]
-
-
-def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
-    """The one place where a step waits for the device."""
-    return [float(x) for x in torch.stack([t.to(tensors[0].device) for t in tensors]).tolist()]
 
 
 def _write(entry: _Entry, loss: float, counter: CatapultCounter, writer: RunLogWriter | None) -> None:

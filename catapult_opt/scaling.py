@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from .trees import read_numbers
+
 # Smaller weights are no loss scaling but an author's choice.
 _SUSPICIOUS = 128.0
 
@@ -44,7 +46,7 @@ class UnannouncedScaler:
     def watch(self, weight: Tensor, params: Sequence[Tensor]) -> None:
         """At the start of a backward pass. Reads the weight from the device."""
         self.stop()
-        self._weight = abs(float(weight))
+        self._weight = abs(read_numbers([weight])[0])
         if self._weight >= _SUSPICIOUS and math.isfinite(self._weight):
             self._handles = [
                 p.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
@@ -62,7 +64,8 @@ class UnannouncedScaler:
         pairs = [(norm, p.grad.norm()) for p, norm in self._left.items() if p.grad is not None]
         if not pairs:
             return None
-        before, now = (float(torch.stack([x.float() for x in column]).norm()) for column in zip(*pairs, strict=True))
+        columns = [torch.stack([x.float() for x in column]).norm() for column in zip(*pairs, strict=True)]
+        before, now = read_numbers(columns)
         if not (now > 0 and math.isfinite(before)) or before < 0.99 * self._weight * now:
             return None
         if not (_power_of_two(self._weight) or _power_of_two(before / now)):

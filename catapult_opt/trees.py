@@ -1,12 +1,13 @@
-"""Tensors inside nested arguments and outputs: tuples, lists, mappings, dataclasses."""
+"""Tensors inside nested arguments and outputs: tuples, lists, mappings, dataclasses; and their values."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -15,6 +16,11 @@ def tensors_in(tree: Any) -> list[Tensor]:
     if isinstance(tree, Tensor):
         return [tree]
     return [tensor for child in _children(tree) for tensor in tensors_in(child)]
+
+
+def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
+    """Values of 0-d tensors in one transfer. Waits for the device: the hot path of a step must not come here."""
+    return [float(x) for x in torch.stack([t.to(tensors[0].device) for t in tensors]).tolist()]
 
 
 def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
