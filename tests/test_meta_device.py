@@ -1,0 +1,264 @@
+"""Promise: off measured steps the package computes on the model's device alone and never waits for it.
+
+The loop runs on `meta` tensors under a dispatch mode that sees every operation: no operation may mix devices, none may
+read a value, and no value may be read at all but through the one function that measured steps use. `meta` stands for an
+accelerator: it has no values, so the measurement itself is replaced by a made-up one.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from catapult_opt import CatapultMonitor, CatapultPolicy, CatapultSGD, CriticalLR, capture, monitor, read_log, scaling
+
+READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default}
+
+
+class HotPath(TorchDispatchMode):
+    """One device an operation, and no reading from it. 0-d CPU tensors (Adam's step) are numbers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+        devices = {t.device.type for t in tensors if t.dim() > 0 or t.device.type != "cpu"}
+        assert devices <= {"meta"}, f"{func} on {devices}: something of the hot path is not on the model's device"
+        assert func not in READS or not devices, f"{func}: waits for the device"
+        return result
+
+
+def model_on_meta() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(108, 5)
+    ).to("meta")
+
+
+class World:
+    """Replaces what needs values by made-up ones; counts how often they are asked for."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.measured, self.reads, self.values = 0, [], 0
+        patch.setattr(monitor, "measure", self.measure)
+        patch.setattr(monitor, "choose_engine", lambda *_, **__: ("finite-difference", "made up"))
+        patch.setattr(monitor, "read_numbers", self.read)
+        patch.setattr(scaling, "read_numbers", lambda tensors: [1.0] * len(tensors))  # no loss is scaled
+
+    def measure(self, model: nn.Module, criterion: Any, params: list[Tensor], calls: Any, **_: Any) -> Any:
+        self.measured += 1
+        assert all(call.forwards for call in calls), "a measured step has what a measurement needs"
+        return CriticalLR(0.5, 4.0, None, 0.0, 1, True), [torch.zeros_like(p) for p in params]
+
+    def read(self, tensors: list[Tensor]) -> list[float]:
+        """The losses 1, 2, 3, ... in the order they are read."""
+        assert all(t.is_meta and t.dim() == 0 for t in tensors)
+        self.reads.append(len(tensors))
+        self.values += len(tensors)
+        return [float(self.values - len(tensors) + 1 + i) for i in range(len(tensors))]
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    yield World(monkeypatch)
+    gc.collect()  # sessions read the losses that wait when they go: while there are made-up ones
+
+
+class Loop:
+    def __init__(self, make: Callable[[nn.Module, nn.Module], tuple[torch.optim.Optimizer, Any]], accumulate: int = 1):
+        self.model, self.criterion = model_on_meta(), nn.CrossEntropyLoss()
+        self.optimizer, self.watch = make(self.model, self.criterion)
+        self.accumulate = accumulate
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        for _ in range(self.accumulate):
+            x = torch.empty(4, 1, 8, 8, device="meta")
+            loss = self.criterion(self.model(x), torch.empty(4, dtype=torch.long, device="meta"))
+            (loss / self.accumulate).backward()
+        self.optimizer.step()
+
+    def run(self, steps: int, world: World) -> list[bool]:
+        """Which steps were measured; those that were not ran under the guard."""
+        measured = []
+        for _ in range(steps):
+            before = world.measured
+            with HotPath() if not upcoming(self.watch).capture.armed else unguarded():
+                self.step()
+            measured.append(world.measured > before)
+        return measured
+
+
+def upcoming(watch: Any) -> monitor.Session:
+    return watch._session
+
+
+@contextmanager
+def unguarded() -> Iterator[None]:
+    yield
+
+
+def sgd(**settings: Any) -> Callable[..., Any]:
+    def make(model: nn.Module, criterion: nn.Module) -> Any:
+        optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, **settings)
+        return optimizer, optimizer
+
+    return make
+
+
+def watched(kind: Callable[..., torch.optim.Optimizer], every: int = 5, **settings: Any) -> Callable[..., Any]:
+    def make(model: nn.Module, criterion: nn.Module) -> Any:
+        optimizer = kind(model.parameters(), **settings)
+        return optimizer, CatapultMonitor(optimizer, model=model, criterion=criterion, every=every)
+
+    return make
+
+
+SETTLED = CatapultPolicy(total_steps=100, settle=0.01, measure_settled=7)
+MAKERS = {
+    "CatapultSGD": sgd(),
+    "CatapultSGD, settled": sgd(policy=SETTLED),
+    "CatapultSGD, momentum": sgd(momentum=0.9, weight_decay=1e-3, foreach=True),
+    "SGD watched": watched(torch.optim.SGD, lr=0.1, momentum=0.9),
+    "Adam watched": watched(torch.optim.Adam, lr=1e-3),
+}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", list(MAKERS))
+def test_hot_path_stays_on_the_device(name: str, accumulate: int, world: World) -> None:
+    measured = Loop(MAKERS[name], accumulate).run(12, world)
+    assert measured[0]
+    assert 2 <= sum(measured) <= 4, "most steps are not measured"
+
+
+def test_monitor_reads_losses_at_measured_steps_only(world: World, tmp_path: Path) -> None:
+    """All that waited in one transfer; the log has every step, in order, each with its own loss."""
+    path = tmp_path / "run.jsonl"
+    loop = Loop(watched(torch.optim.SGD, lr=0.1))
+    loop.watch.detach()
+    loop.watch = CatapultMonitor(loop.optimizer, model=loop.model, criterion=loop.criterion, every=5, log=path)
+    loop.run(13, world)
+    assert world.reads == [1, 5, 5]
+    loop.watch.log_metrics(val_loss=0.1)
+    assert world.reads == [1, 5, 5, 2]
+    loop.run(1, world)
+    loop.watch.detach()
+    assert world.reads == [1, 5, 5, 2, 1]
+    log = read_log(path)
+    assert log.column("step") == list(range(1, 15))
+    assert log.column("loss") == [float(i) for i in range(1, 15)]
+    assert log.metric("val_loss") == {13: 0.1}
+
+
+def test_losses_that_wait_are_logged_when_a_run_just_ends(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    loop = Loop(sgd(policy=SETTLED, log=path))
+    loop.run(12, world)
+    assert sum(world.reads) < 12
+    del loop
+    assert read_log(path).column("step") == list(range(1, 13))
+
+
+def test_optimizer_reads_one_loss_a_step_until_it_settles(world: World) -> None:
+    """A catapult may be under way at any time until then."""
+    loop = Loop(sgd(policy=CatapultPolicy(total_steps=20, settle=0.5, measure_settled=4, measure_armed=100)))
+    loop.run(20, world)
+    assert world.reads[:10] == [1] * 10
+    assert max(world.reads[10:]) == 5, "a tenth of the steps averaged over"
+    assert len(world.reads) <= 15
+
+
+def test_state_dict_and_counts_are_of_the_present_step(world: World) -> None:
+    loop = Loop(sgd(policy=SETTLED))
+    loop.run(6, world)
+    assert sum(world.reads) < 6
+    state = loop.optimizer.state_dict()["param_groups"][0]["catapult_state"]
+    assert '"steps": 6' in state
+    assert sum(world.reads) == 6
+    loop.run(3, world)
+    assert loop.optimizer.catapults == 0
+    assert sum(world.reads) == 9
+
+
+def test_losses_on_the_cpu_are_read_at_once() -> None:
+    model, criterion = nn.Linear(3, 1), nn.MSELoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    watch = CatapultMonitor(optimizer, model=model, criterion=criterion, every=4)
+    for _ in range(3):
+        optimizer.zero_grad()
+        criterion(model(torch.ones(2, 3)), torch.zeros(2, 1)).backward()
+        optimizer.step()
+        assert not upcoming(watch)._waiting
+
+
+# ------------------------------------------------------------------------------------- would the test see a mistake?
+
+
+def on_cpu_in_a_hook(self: Any, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+    torch.ones(output.shape[0])
+
+
+def mixed_devices(self: Any, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+    output.detach() * torch.ones(output.shape[0], 1)
+
+
+def item_in_a_hook(self: Any, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+    output.detach().sum().item()
+
+
+def branch_in_a_hook(self: Any, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+    if output.detach().isfinite().all():
+        pass
+
+
+def copy_to_the_host(self: Any, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+    torch.empty(output.shape).copy_(output.detach())
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [on_cpu_in_a_hook, mixed_devices, item_in_a_hook, branch_in_a_hook, copy_to_the_host],
+    ids=lambda f: f.__name__,
+)
+def test_planted_in_a_hook_is_caught(bug: Any, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(MAKERS["CatapultSGD"])
+    loop.run(1, world)
+    right = capture.Capture._after_forward
+
+    def wrong(self: Any, *args: Any) -> None:
+        bug(self, *args)
+        right(self, *args)
+
+    monkeypatch.setattr(capture.Capture, "_after_forward", wrong)
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
+        loop.run(1, world)
+
+
+def test_planted_read_of_every_loss_is_caught(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(MAKERS["SGD watched"])
+    loop.run(1, world)
+    monkeypatch.setattr(monitor, "read_numbers", lambda tensors: [float(t) for t in tensors])
+    right = monitor.Session.observe
+    monkeypatch.setattr(
+        monitor.Session, "observe", lambda self, start, update, need_loss=False: right(self, start, update, True)
+    )
+    with pytest.raises((AssertionError, RuntimeError)):
+        loop.run(1, world)
+
+
+def test_planted_state_on_the_host_is_caught(world: World) -> None:
+    """A momentum buffer that came back from a checkpoint on the wrong device."""
+    loop = Loop(MAKERS["CatapultSGD, momentum"])
+    loop.run(1, world)
+    for state in loop.optimizer.state.values():
+        state["momentum_buffer"] = torch.zeros(state["momentum_buffer"].shape)
+    with pytest.raises((AssertionError, RuntimeError)):
+        loop.run(1, world)
