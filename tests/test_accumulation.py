@@ -45,10 +45,12 @@ class Run:
         x, y = (self.x, self.y) if x is None else (x, y)
         return self.criterion(self.model(x), y)
 
+    def seen_weights(self) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
     def seen(self) -> Any:
         last = self.optimizer.last
-        weights = torch.cat([p.detach().flatten() for p in self.model.parameters()])
-        return weights, last.eta_crit, self.optimizer.param_groups[0]["effective_lr"], self.optimizer.phase
+        return self.seen_weights(), last.eta_crit, self.optimizer.param_groups[0]["effective_lr"], self.optimizer.phase
 
 
 def plain(run: Run) -> None:
@@ -242,15 +244,36 @@ def test_grad_scaler_skips_and_goes_on() -> None:
     assert run.optimizer.last.eta_crit == pytest.approx(expected.optimizer.last.eta_crit, rel=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="the scale is in the loss' weight: open, see the loop with GradScaler")
 def test_grad_scaler_with_a_scale() -> None:
-    """Gradients are unscaled before the step: the critical rate is that of the unscaled loss."""
-    run, expected = Run(), Run()
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    """Gradients are unscaled before the step: the critical rate is the unscaled loss's, also as the scale grows."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    run, expected = Run(grad_scaler=scaler), Run()
+    for i in range(STEPS):
+        run.optimizer.zero_grad()
+        scaler.scale(run.loss()).backward()
+        if i % 2:
+            scaler.unscale_(run.optimizer)
+            nn.utils.clip_grad_norm_(run.model.parameters(), 1e6)
+        scaler.step(run.optimizer)
+        scaler.update()
+        plain(expected)
+        assert run.optimizer.last.eta_crit == pytest.approx(expected.optimizer.last.eta_crit, rel=1e-4)
+        torch.testing.assert_close(run.seen()[0], expected.seen()[0], rtol=1e-5, atol=1e-5)
+    assert scaler.get_scale() > 2.0**10
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_grad_scaler_unannounced_is_noticed(unscale: bool) -> None:
+    """A critical rate too small by 2^16 would train nothing, silently."""
+    run = Run()
+    before = run.seen_weights()
+    scaler = torch.amp.GradScaler("cpu")
     scaler.scale(run.loss()).backward()
-    scaler.step(run.optimizer)
-    plain(expected)
-    assert run.optimizer.last.eta_crit == pytest.approx(expected.optimizer.last.eta_crit, rel=1e-4)
+    if unscale:
+        scaler.unscale_(run.optimizer)
+    with pytest.raises(RuntimeError, match="grad_scaler=scaler"):
+        scaler.step(run.optimizer)
+    assert torch.equal(run.seen_weights(), before)
 
 
 # ----------------------------------------------------------------------------------------------------------- validation

@@ -115,6 +115,9 @@ SHARED: list[Row] = [  # of CatapultSGD and CatapultMonitor
     ("outputs", lambda out: out, ValueError, ("criterion",)),
     ("outputs", 3, TypeError, ("3",)),
     ("log", 3, TypeError, ("3",)),
+    ("engine", "fastest", ValueError, ("'fastest'",)),
+    ("engine", None, ValueError, ("None",)),
+    ("grad_scaler", 3, TypeError, ("GradScaler", "3")),
 ]
 
 
@@ -171,9 +174,15 @@ def test_a_foreign_parameter_in_a_group_added_later() -> None:
         world.optimizer.add_param_group({"params": [torch.ones(7, requires_grad=True)]})
 
 
-@pytest.mark.parametrize("name", ["criterion", "policy", "log", "outputs"])
+@pytest.mark.parametrize("name", ["criterion", "policy", "log", "outputs", "grad_scaler"])
 def test_controller_settings_without_a_model(name: str) -> None:
-    values = {"criterion": nn.MSELoss(), "policy": CatapultPolicy(), "log": "run.jsonl", "outputs": lambda out: out}
+    values = {
+        "criterion": nn.MSELoss(),
+        "policy": CatapultPolicy(),
+        "log": "run.jsonl",
+        "outputs": lambda out: out,
+        "grad_scaler": torch.amp.GradScaler("cpu"),
+    }
     world = World()
     with refused(world, ValueError, name, "model"):
         CatapultSGD(world.model.parameters(), **{name: values[name]})
@@ -264,6 +273,7 @@ CRITICAL: list[Row] = [
     ("max_matvecs", 0, ValueError, ("0",)),
     ("max_matvecs", 2.5, ValueError, ("2.5",)),
     ("outputs", 3, TypeError, ("3",)),
+    ("engine", "fastest", ValueError, ("'fastest'",)),
 ]
 
 

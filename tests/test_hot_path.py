@@ -212,8 +212,8 @@ def test_hooks_do_not_pile_up_over_attachments() -> None:
 
 SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "default": (2000, {}),
-    "every 10": (2000, {"every": 10}),
-    "every step": (400, {"every": 1}),
+    "every 10": (600, {"every": 10}),
+    "every step": (300, {"every": 1}),
 }
 
 
