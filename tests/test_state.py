@@ -254,6 +254,7 @@ def test_resume_by_every_way_in_every_phase(name: str, way: str) -> None:
         assert_resumes(name, after, WAYS[way])
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process is meant
 @pytest.mark.parametrize("flat", [False, True])
 @some_configurations
 def test_resume_through_distributed_checkpoint(name: str, flat: bool, tmp_path: Path) -> None:
