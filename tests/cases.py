@@ -59,7 +59,7 @@ class Case:
     # True: nn.MSELoss, whose NTK must be reported. None: a squared error that only its value shows (a plain function
     # or a subclass): reported or not, but right. False: another loss, where a number would be meaningless.
     squared: bool | None = False
-    random: bool = False  # the forward draws random numbers (dropout)
+    hessian: bool = True  # False: the full Hessian takes long, and another case has the same operations
 
     def build(self, dtype: torch.dtype = torch.float32, batches: int = 1) -> Problem:
         """Batch sizes go BATCH, BATCH - 1, BATCH, ...: a reduction by a remembered batch size shows."""
@@ -513,26 +513,35 @@ CASES = [
     Case("linear", lambda: nn.Linear(4, 3), MSE, regression(), squared=True),
     Case("mlp-relu", relu_mlp, MSE, regression(), squared=True),
     Case("cnn", cnn, CE, images),
-    Case("cnn-mse", cnn, MSE, lambda n: (torch.randn(n, 1, 8, 8), torch.randn(n, 3)), squared=True),
+    Case("cnn-mse", cnn, MSE, lambda n: (torch.randn(n, 1, 8, 8), torch.randn(n, 3)), squared=True, hessian=False),
     Case("cnn-batchnorm", cnn_batchnorm, CE, images),
     Case("batchnorm", batchnorm, MSE, regression(), squared=True),
-    Case("batchnorm-cumulative", lambda: batchnorm(None), CE, classes()),
+    Case("batchnorm-cumulative", lambda: batchnorm(None), CE, classes(), hessian=False),
     Case("batchnorm-partly-frozen", batchnorm_partly_frozen, MSE, regression(), squared=True),
     Case("eval-mode", eval_mode, CE, classes()),
     Case("layernorm", layernorm, CE, classes()),
     Case("groupnorm", groupnorm, CE, images),
-    Case("dropout", dropout, MSE, regression(), squared=True, random=True),
-    Case("dropout-ce", dropout, CE, classes(), random=True),
-    Case("batchnorm-dropout", batchnorm_dropout, CE, classes(), random=True),
+    Case("dropout", dropout, MSE, regression(), squared=True),
+    Case("dropout-ce", dropout, CE, classes(), hessian=False),
+    Case("batchnorm-dropout", batchnorm_dropout, CE, classes()),
     Case("weight-norm", weight_norm, MSE, regression(), squared=True),
     Case("gru", lambda: Recurrent(nn.GRU), CE, SEQUENCE()),
-    Case("lstm", lambda: Recurrent(nn.LSTM), MSE, lambda n: (torch.randn(n, 5, 4), torch.randn(n, 3)), squared=True),
-    Case("lstm-dropout", lambda: Recurrent(nn.LSTM, hidden=2, num_layers=2, dropout=0.3), CE, SEQUENCE(), random=True),
+    Case(
+        "lstm",
+        lambda: Recurrent(nn.LSTM),
+        MSE,
+        lambda n: (torch.randn(n, 5, 4), torch.randn(n, 3)),
+        squared=True,
+        hessian=False,
+    ),
+    Case(
+        "lstm-dropout", lambda: Recurrent(nn.LSTM, hidden=2, num_layers=2, dropout=0.3), CE, SEQUENCE(), hessian=False
+    ),
     Case("attention-sdpa", Attention, CE, SEQUENCE()),
-    Case("attention-sdpa-dropout", lambda: Attention(0.2), CE, SEQUENCE(), random=True),
+    Case("attention-sdpa-dropout", lambda: Attention(0.2), CE, SEQUENCE(), hessian=False),
     Case("multihead-attention", MultiHead, CE, SEQUENCE()),
-    Case("multihead-attention-dropout", lambda: MultiHead(0.2), CE, SEQUENCE(), random=True),
-    Case("transformer-block", TransformerBlock, CE, SEQUENCE(), random=True),
+    Case("multihead-attention-dropout", lambda: MultiHead(0.2), CE, SEQUENCE(), hessian=False),
+    Case("transformer-block", TransformerBlock, CE, SEQUENCE(), hessian=False),
     Case("embedding-bag", Bag, CE, bags),
     Case("tied-weights", Tied, CE, tokens),
     Case("repeated-module", Repeated, MSE, regression(), squared=True),

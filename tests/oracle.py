@@ -47,6 +47,13 @@ class Truth:
         return top_eigenvalue(self.ggn)
 
     @property
+    def second(self) -> float:
+        """The second largest eigenvalue over the largest: near 1 the top one is hard to find."""
+        n = len(self.ggn)
+        below, top = scipy.linalg.eigh(self.ggn, eigvals_only=True, subset_by_index=[n - 2, n - 1])
+        return float(below / top)
+
+    @property
     def eta_crit(self) -> float:
         return 2.0 / self.lambda_max
 

@@ -72,15 +72,30 @@ def check(case: Case, result: Any, expected: oracle.Truth, rel: float) -> None:
 
 
 @every_case
-def test_ggn_matches_dense_jacobian_float32(case: Case) -> None:
-    result = measure(case.build(F32), curvature="ggn", **TIGHT)
+@pytest.mark.parametrize("engine", ["auto", "finite-difference"])
+def test_ggn_matches_dense_jacobian_float32(case: Case, engine: str) -> None:
+    result = measure(case.build(F32), curvature="ggn", engine=engine, **TIGHT)
     check(case, result, truth(case.name), rel=1e-2)
     assert result.matvecs <= TIGHT["max_matvecs"]
 
 
 @every_case
-def test_ggn_matches_dense_jacobian_float64(case: Case) -> None:
-    result = measure(case.build(F64), curvature="ggn", **TIGHTER)
+@pytest.mark.parametrize("engine", ["auto", "finite-difference"])
+def test_ggn_matches_dense_jacobian_float64(case: Case, engine: str) -> None:
+    result = measure(case.build(F64), curvature="ggn", engine=engine, **TIGHTER)
+    check(case, result, truth(case.name), rel=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES[CASES.index(BY_NAME["linear"]) :], ids=lambda case: case.name)
+@pytest.mark.parametrize("engine", ["double-backward", "forward"])
+def test_exact_engines_are_right_or_refuse(case: Case, engine: str) -> None:
+    """Not every operation has the rules that they need: then they raise, and never answer something else."""
+    must = case.name in ("linear", "mlp-relu", "cnn", "batchnorm", "layernorm", "dropout", "frozen-parameters")
+    refusals = () if must else (RuntimeError, NotImplementedError)
+    try:
+        result = measure(case.build(F64), engine=engine, **TIGHTER)
+    except refusals:
+        return
     check(case, result, truth(case.name), rel=1e-4)
 
 
@@ -90,7 +105,7 @@ def test_default_settings_within_five_percent(case: Case) -> None:
     check(case, measure(case.build(F32)), truth(case.name), rel=5e-2)
 
 
-@every_case
+@pytest.mark.parametrize("case", [c for c in CASES if c.hessian], ids=lambda case: case.name)
 @pytest.mark.parametrize(("dtype", "rel"), [(F32, 1e-2), (F64, 1e-4)], ids=["float32", "float64"])
 def test_hessian_matches_dense_double_backward(case: Case, dtype: torch.dtype, rel: float) -> None:
     """The largest algebraic eigenvalue, also where the most negative one is larger in magnitude."""
@@ -154,7 +169,8 @@ def test_monitor_matches_dense_jacobian(case: Case, dtype: torch.dtype) -> None:
     for _ in range(2):
         torch.manual_seed(SEED)
         result = loop.step(loop.problem.inputs, loop.problem.targets)
-    check(case, result, truth(case.name), rel=1e-2)
+    # default settings: where two eigenvalues lie within 5 % the lower may be what is found
+    check(case, result, truth(case.name), rel=1e-2 if truth(case.name).second < 0.95 else 5e-2)
     loop.monitor.detach()
 
 
@@ -370,6 +386,48 @@ def test_largest_algebraic_eigenvalue_of_an_indefinite_matrix(curvature: str) ->
     )
     assert result.lambda_max == pytest.approx(1.0, rel=1e-4)
     assert result.eta_crit == pytest.approx(2.0, rel=1e-4)
+
+
+class ReturnsLoss(nn.Module):
+    """As many language models do: the targets go in, the loss comes out."""
+
+    def __init__(self, inner: nn.Module, criterion: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.criterion = inner, criterion
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.inner(x)
+        return {"loss": self.criterion(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("name", ["ce-class-weights", "batchnorm-dropout", "attention-sdpa"])
+@pytest.mark.parametrize(("dtype", "rel"), [(F32, 1e-2), (F64, 1e-4)], ids=["float32", "float64"])
+def test_model_that_returns_the_loss(name: str, dtype: torch.dtype, rel: float) -> None:
+    """criterion=None: there are no outputs to split at, so it is the full Hessian."""
+    problem = BY_NAME[name].build(dtype)
+    model = ReturnsLoss(problem.model, problem.criterion)
+    torch.manual_seed(SEED)
+    result = critical_lr(
+        model,
+        None,
+        {"x": problem.inputs, "labels": problem.targets},
+        outputs=lambda out: out["loss"],
+        **(TIGHT if dtype == F32 else TIGHTER),
+    )
+    assert result.lambda_max == pytest.approx(true_hessian_lambda(name), rel=rel)
+    assert result.ntk_lambda_max is None
+
+
+def test_monitor_on_a_model_that_returns_the_loss() -> None:
+    problem = BY_NAME["batchnorm-dropout"].build(F64)
+    model = ReturnsLoss(problem.model, problem.criterion)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    monitor = CatapultMonitor(optimizer, model=model, criterion=None, outputs=lambda out: out["loss"], every=1)
+    torch.manual_seed(SEED)
+    model(problem.inputs, labels=problem.targets)["loss"].backward()
+    optimizer.step()
+    assert monitor.last.lambda_max == pytest.approx(true_hessian_lambda("batchnorm-dropout"), rel=5e-2)
+    monitor.detach()
 
 
 def test_hessian_and_ggn_are_told_apart() -> None:
