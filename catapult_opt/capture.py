@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from .replay import ForwardCall, is_measuring, record_forward
@@ -64,6 +65,7 @@ class LossCall:
     inputs: list[Tensor] = field(default_factory=list)  # the tensors among args that depend on the model's outputs
     forwards: list[ForwardCall] = field(default_factory=list)
     link: Link | None = None  # from the model's outputs to `inputs`; None: they are the same tensors
+    problem: str = ""  # why it cannot be measured
     made: int = 0  # number of this call since the last step
     finished: int = 0  # number of the latest call when its backward ran
 
@@ -71,42 +73,61 @@ class LossCall:
 class Link:
     """The user's code between the model's outputs and the criterion, linearised: products with its Jacobian J_g.
 
-    Built while the training graph is alive, from its own backward pass: vjp(v) = J_g^T v is linear in v, so
-    differentiating it once more gives J_g t. Only the graph between outputs and inputs is touched.
+    Built while the training graph is alive. Each input of the criterion is taken for itself: another one may be
+    computed from the same outputs by way of the model.
     """
 
-    def __init__(self, outputs: list[Tensor], inputs: list[Tensor]) -> None:
-        self._shapes = [torch.zeros_like(x) for x in inputs]
-        self._v = [torch.zeros_like(x, requires_grad=True) for x in inputs]
-        self._vjp = torch.autograd.grad(inputs, outputs, self._v, create_graph=True, allow_unused=True)
-        self._t = [torch.zeros_like(x, requires_grad=True) for x in outputs]
-        self._used = [(y, t) for y, t in zip(self._vjp, self._t, strict=True) if y is not None and y.requires_grad]
-        self._jvp = torch.autograd.grad(
-            [y for y, _ in self._used],
-            self._v,
-            [t for _, t in self._used],
-            create_graph=True,
-            allow_unused=True,
-        )
-
-    @property
-    def uses(self) -> list[bool]:
-        """Which of the outputs the inputs depend on."""
-        return [y is not None for y in self._vjp]
+    def __init__(self, outputs: list[Tensor], edges: list[list[GradientEdge | None]], inputs: list[Tensor]) -> None:
+        self._outputs = [torch.zeros_like(o) for o in outputs]
+        self._rows = [_Row(outputs, row, z) for row, z in zip(edges, inputs, strict=True)]
 
     def jvp(self, tangents: Sequence[Tensor]) -> list[Tensor]:
         """J_g t, one tensor per criterion input, for one tangent per output."""
-        ys = [y for y, _ in self._used]
-        used = [t.to(y.dtype) for t, y in zip(tangents, self._vjp, strict=True) if y is not None and y.requires_grad]
-        got = torch.autograd.grad(ys, self._v, used, retain_graph=True, allow_unused=True)
-        return [z if g is None else g for g, z in zip(got, self._shapes, strict=True)]
+        return [row.jvp(tangents) for row in self._rows]
 
     def vjp(self, cotangents: Sequence[Tensor]) -> list[Tensor]:
         """J_g^T s, one tensor per output, for one cotangent per criterion input."""
-        ys = [y for y in self._jvp if y is not None and y.requires_grad]
-        ss = [s.to(y.dtype) for s, y in zip(cotangents, self._jvp, strict=True) if y is not None and y.requires_grad]
-        got = torch.autograd.grad(ys, self._t, ss, retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(t) if g is None else g for g, t in zip(got, self._t, strict=True)]
+        total = [o.clone() for o in self._outputs]
+        for row, s in zip(self._rows, cotangents, strict=True):
+            for x, g in zip(total, row.vjp(s), strict=True):
+                if g is not None:
+                    x.add_(g)
+        return total
+
+
+class _Row:
+    """J_g of one input, from its own backward pass: vjp(v) = J_g^T v is linear in v, so its derivative gives J_g t.
+
+    Only the graph between outputs and input is touched.
+    """
+
+    def __init__(self, outputs: list[Tensor], edges: list[GradientEdge | None], z: Tensor) -> None:
+        """`edges`: where the graph enters the outputs; None for those that z is not directly computed from."""
+        self._zero, self._v = torch.zeros_like(z), torch.zeros_like(z, requires_grad=True)
+        self._places = [i for i, edge in enumerate(edges) if edge is not None]
+        self._t = [torch.zeros_like(outputs[i], requires_grad=True) for i in self._places]
+        self._n = len(outputs)
+        direct = [edge for edge in edges if edge is not None]
+        self._pulled = torch.autograd.grad([z], direct, [self._v], create_graph=True) if direct else ()
+        self._pushed = self._zero
+        if direct:
+            pushed = torch.autograd.grad(self._pulled, [self._v], self._t, create_graph=True, allow_unused=True)[0]
+            self._pushed = self._zero if pushed is None else pushed
+
+    def jvp(self, tangents: Sequence[Tensor]) -> Tensor:
+        if not self._pushed.requires_grad:
+            return self._zero
+        used = [tangents[i].to(y.dtype) for i, y in zip(self._places, self._pulled, strict=True)]
+        return torch.autograd.grad(self._pulled, [self._v], used, retain_graph=True)[0]
+
+    def vjp(self, s: Tensor) -> list[Tensor | None]:
+        pulled: list[Tensor | None] = [None] * self._n
+        if self._pushed.requires_grad:
+            s = s.to(self._pushed.dtype)
+            got = torch.autograd.grad([self._pushed], self._t, [s], retain_graph=True, allow_unused=True)
+            for i, g in zip(self._places, got, strict=True):
+                pulled[i] = g
+        return pulled
 
 
 class Capture:
@@ -346,21 +367,66 @@ def scalar_loss(loss: Any) -> Tensor:
 def connect(call: LossCall, forwards: Sequence[ForwardCall], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Find which arguments of a criterion call depend on which forward passes, and how. Before backward runs."""
     inputs = [t for t in _unique(tensors_in((args, kwargs))) if t.requires_grad and t.is_floating_point()]
-    owner = {id(o): f for f in forwards for o in f.outputs}
-    if inputs and all(id(z) in owner for z in inputs):
+    at = {id(o): (f, edge) for f in forwards for o, edge in zip(f.outputs, f.edges, strict=True)}
+    if inputs and all(id(z) in at and _same(get_gradient_edge(z), at[id(z)][1]) for z in inputs):
         call.args, call.kwargs, call.inputs = args, kwargs, inputs
-        call.forwards = _unique([owner[id(z)] for z in inputs])
+        call.forwards = _unique([at[id(z)][0] for z in inputs])
         return
-    every = [o for f in forwards for o in f.outputs]
     inputs = [z for z in inputs if z.grad_fn is not None]
-    if not inputs or not every:
+    every = [edge for f in forwards for edge in f.edges]
+    direct = [_direct([get_gradient_edge(z)], every) for z in inputs]
+    used = [edge for edges in direct for edge in edges]
+    call.forwards = [f for f in forwards if any(_is_in(edge, used) for edge in f.edges)]
+    if not call.forwards:
         return
-    with torch.enable_grad():
-        uses = Link(every, inputs).uses
-        used = [f for f in forwards if any(u for u, o in zip(uses, every, strict=True) if f.owns(o))]
-        if used:
-            call.args, call.kwargs, call.inputs, call.forwards = args, kwargs, inputs, used
-            call.link = Link([o for f in used for o in f.outputs], inputs)
+    call.args, call.kwargs, call.inputs = args, kwargs, inputs
+    if any(len(edges) > 1 and any(_direct(_before(edge), edges) for edge in edges) for edges in direct):
+        call.problem = (
+            "what the criterion is given mixes outputs of the model of which one is computed from the other: give them "
+            "to the criterion as arguments of their own, and combine them there"
+        )
+        return
+    outputs, every = [o for f in call.forwards for o in f.outputs], [edge for f in call.forwards for edge in f.edges]
+    rows = [[edge if _is_in(edge, edges) else None for edge in every] for edges in direct]
+    try:
+        with torch.enable_grad():
+            call.link = Link(outputs, rows, inputs)
+    except RuntimeError as error:
+        call.problem = (
+            f"the code between model and criterion has no second derivative; move it into the model ({error})"
+        )
+
+
+def _direct(starts: list[GradientEdge], ends: list[GradientEdge]) -> list[GradientEdge]:
+    """The ends that the starts are computed from without another end in between."""
+    goals = {_key(edge): edge for edge in ends}
+    found, seen, todo = {}, set(), list(starts)
+    while todo:
+        edge = todo.pop()
+        if _key(edge) in seen:
+            continue
+        seen.add(_key(edge))
+        if _key(edge) in goals:
+            found[_key(edge)] = goals[_key(edge)]
+        else:
+            todo += _before(edge)
+    return list(found.values())
+
+
+def _before(edge: GradientEdge) -> list[GradientEdge]:
+    return [GradientEdge(node, number) for node, number in edge.node.next_functions if node is not None]
+
+
+def _key(edge: GradientEdge) -> tuple[Node, int]:
+    return edge.node, edge.output_nr
+
+
+def _same(a: GradientEdge, b: GradientEdge) -> bool:
+    return _key(a) == _key(b)
+
+
+def _is_in(edge: GradientEdge, edges: list[GradientEdge]) -> bool:
+    return any(_same(edge, other) for other in edges)
 
 
 def _unique(items: list[Any]) -> list[Any]:

@@ -85,7 +85,7 @@ def measure(
     Raises:
         MeasurementError: nothing usable was captured, or the curvature is not finite.
     """
-    _check(calls, criterion)
+    _check(calls, params)
     with preserved(model, criterion, params):
         if engine == GRAM and criterion is not None:
             gram = _by_gram(model, params, calls, scale)
@@ -141,7 +141,7 @@ def choose_engine(
     model: nn.Module, criterion: nn.Module | None, params: Sequence[Tensor], calls: Sequence[LossCall], scale: Scale
 ) -> tuple[str, str]:
     """The engine for this kind of step, and why; decided on the first one measured."""
-    _check(calls, criterion)
+    _check(calls, params)
     if criterion is None:
         return "hessian", "the model returns the loss"
     with preserved(model, criterion, params):
@@ -177,11 +177,19 @@ def _matrix_free(model: nn.Module, params: Sequence[Tensor], calls: Sequence[Los
     raise MeasurementError("no engine can measure this model. " + "; ".join(tried))
 
 
-def _check(calls: Sequence[LossCall], criterion: nn.Module | None) -> None:
+def _check(calls: Sequence[LossCall], params: Sequence[Tensor]) -> None:
     if not calls or any(not call.forwards for call in calls):
         raise MeasurementError(
             "the criterion was called on something that does not come from the model: pass the model whose outputs "
             "reach the criterion (checkpointing the whole model needs use_reentrant=False)"
+        )
+    for problem in (call.problem for call in calls):
+        if problem:
+            raise MeasurementError(problem)
+    if any(f.inputs_depend_on(params) for call in calls for f in call.forwards):
+        raise MeasurementError(
+            "the model's inputs were computed from its own parameters (by an earlier forward pass, for instance): "
+            "detach them, or pass as model= a module that does all of it in one forward pass"
         )
     if any(f.inputs_changed() for call in calls for f in call.forwards):
         raise MeasurementError("the batch was modified in place between the forward pass and step(): copy it instead")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.func import functional_call
 
 from .trees import map_tensors, tensors_in
@@ -61,6 +62,7 @@ class ForwardCall:
     random: bool = False  # it drew random numbers
     outputs: list[Tensor] = field(default_factory=list)  # those that need gradients, as the loop got them
     places: list[int] = field(default_factory=list)  # where they stand among all tensors of the output
+    edges: list[GradientEdge] = field(default_factory=list)  # where the graph enters them, in-place changes aside
     base: list[Tensor] | None = None  # detached outputs at the weights of the step
     output_versions: list[int] = field(default_factory=list)
     buffers: list[Buffer] = field(default_factory=list)  # those that the forward pass changes, as it found them
@@ -70,19 +72,24 @@ class ForwardCall:
         self.buffers = [b for b in self.buffers if b.changed()]
         self.random = any(not torch.equal(_random_state(device), state) for device, state in self.rng)
         every = tensors_in(output)
-        self.places = [i for i, t in enumerate(every) if t.requires_grad and t.is_floating_point()]
+        first = {id(t): i for i, t in reversed(list(enumerate(every)))}  # one tensor may stand in several places
+        self.places = sorted(i for i in first.values() if every[i].requires_grad and every[i].is_floating_point())
         self.outputs = [every[i] for i in self.places]
+        self.edges = [get_gradient_edge(t) for t in self.outputs]
         self.base = [t.detach() for t in self.outputs]
         self.output_versions = [t._version for t in self.outputs]
-
-    def owns(self, output: Tensor) -> bool:
-        return any(o is output for o in self.outputs)
 
     @property
     def batch_size(self) -> int | None:
         """Length of the first dimension of the first tensor argument."""
         tensors = [t for t in tensors_in((self.args, self.kwargs)) if t.dim() > 0]
         return tensors[0].shape[0] if tensors else None
+
+    def inputs_depend_on(self, params: Sequence[Tensor]) -> bool:
+        """Were the arguments themselves computed from parameters, by an earlier pass for instance?"""
+        known = {id(p) for p in params}
+        nodes = [t.grad_fn for t in tensors_in((self.args, self.kwargs)) if t.grad_fn is not None]
+        return any(id(getattr(node, "variable", None)) in known for node in ancestors(nodes))
 
     def inputs_changed(self) -> bool:
         """Was an argument modified in place since the forward pass?"""
@@ -99,6 +106,17 @@ class ForwardCall:
             and [w._version for w in self.weights] == self.versions[: len(self.weights)]
             and [t._version for t in self.outputs] == self.output_versions
         )
+
+
+def ancestors(nodes: Iterable[Node]) -> Iterator[Node]:
+    """These nodes of the graph and all that they are computed from."""
+    seen, todo = set(nodes), list(nodes)
+    while todo:
+        node = todo.pop()
+        yield node
+        new = [n for n, _ in node.next_functions if n is not None and n not in seen]
+        seen.update(new)
+        todo += new
 
 
 def record_forward(
