@@ -103,31 +103,46 @@ class _Row:
 
     def __init__(self, outputs: list[Tensor], edges: list[GradientEdge | None], z: Tensor) -> None:
         """`edges`: where the graph enters the outputs; None for those that z is not directly computed from."""
-        self._zero, self._v = torch.zeros_like(z), torch.zeros_like(z, requires_grad=True)
-        self._places = [i for i, edge in enumerate(edges) if edge is not None]
-        self._t = [torch.zeros_like(outputs[i], requires_grad=True) for i in self._places]
+        self._zero, self._v = torch.zeros_like(z), torch.ones_like(z, requires_grad=True)
         self._n = len(outputs)
-        direct = [edge for edge in edges if edge is not None]
-        self._pulled = torch.autograd.grad([z], direct, [self._v], create_graph=True) if direct else ()
-        self._pushed = self._zero
+        direct = [(i, edge) for i, edge in enumerate(edges) if edge is not None]
+        pulled: Sequence[Tensor | None] = ()
         if direct:
-            pushed = torch.autograd.grad(self._pulled, [self._v], self._t, create_graph=True, allow_unused=True)[0]
-            self._pushed = self._zero if pushed is None else pushed
+            inputs = [edge for _, edge in direct]
+            pulled = torch.autograd.grad([z], inputs, [self._v], create_graph=True, allow_unused=True)
+        used = [(i, y) for (i, _), y in zip(direct, pulled, strict=True) if y is not None and _moves(y)]
+        self._places, self._pulled = [i for i, _ in used], [y for _, y in used]
+        self._t = [torch.zeros_like(outputs[i], requires_grad=True) for i in self._places]
+        self._pushed = [self._push(y, t) for y, t in zip(self._pulled, self._t, strict=True)]
 
     def jvp(self, tangents: Sequence[Tensor]) -> Tensor:
-        if not self._pushed.requires_grad:
+        if not self._places:
             return self._zero
         used = [tangents[i].to(y.dtype) for i, y in zip(self._places, self._pulled, strict=True)]
         return torch.autograd.grad(self._pulled, [self._v], used, retain_graph=True)[0]
 
     def vjp(self, s: Tensor) -> list[Tensor | None]:
         pulled: list[Tensor | None] = [None] * self._n
-        if self._pushed.requires_grad:
-            s = s.to(self._pushed.dtype)
-            got = torch.autograd.grad([self._pushed], self._t, [s], retain_graph=True, allow_unused=True)
-            for i, g in zip(self._places, got, strict=True):
+        if self._places:
+            seeds = [s.to(y.dtype) for y in self._pushed]
+            for i, g in zip(
+                self._places, torch.autograd.grad(self._pushed, self._t, seeds, retain_graph=True), strict=True
+            ):
                 pulled[i] = g
         return pulled
+
+    def _push(self, y: Tensor, t: Tensor) -> Tensor:
+        pushed = torch.autograd.grad([y], [self._v], [t], create_graph=True, allow_unused=True)[0]
+        if pushed is None:
+            raise RuntimeError("its backward pass cannot be differentiated")
+        return pushed
+
+
+def _moves(pulled: Tensor) -> bool:
+    """Does J_g^T v depend on v? A derivative of zero (rounding) does not; one that only looks constant is refused."""
+    if not pulled.requires_grad and bool(pulled.any()):
+        raise RuntimeError("its backward pass cannot be differentiated")
+    return pulled.requires_grad
 
 
 class Capture:
