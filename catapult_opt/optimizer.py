@@ -34,6 +34,9 @@ class CatapultSGD(Optimizer):
     `step()` the top eigenvalue of their curvature gives the critical rate of this very update, and the policy decides
     how far above or below it to go. The rate applied stands in `group["effective_lr"]`.
 
+    On an accelerator one number is read from it a step, the loss, while a catapult may be under way (most loops log it
+    anyway); once settled, only on measured steps.
+
     Args:
         params: parameters or groups, as for torch.optim.SGD; groups of different lr keep their proportion.
         model: the module called in the loop. None: no controller, torch.optim.SGD bit for bit, and lr is the rate.
