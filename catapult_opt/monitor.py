@@ -29,7 +29,7 @@ from .trees import read_numbers, tensors_in
 
 # A first measurement pays once for a good vector; later ones start from it.
 _COLD_TOL, _COLD_MATVECS = 9e-4, 30
-_TOL, _MATVECS = 0.01, 8
+_TOL, _MATVECS = 0.003, 10
 # Averages of mini-batch losses and curvatures run over about this many measured steps.
 _MINI_BATCH_SMOOTHING = 50
 

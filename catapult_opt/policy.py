@@ -1,8 +1,8 @@
 """When to go above the edge: the catapult policy, in plain numbers (no torch).
 
-`CatapultPolicy` holds the settings; `Catapulter` is the state machine: one `update` a step with the step's loss and, where
-it was measured, its critical rate; one `Decision` back, which also says when the next measurement is wanted. The same
-losses and rates always give the same decisions.
+`CatapultPolicy` holds the settings; `Catapulter` is the state machine: one `update` a step with the step's loss and,
+where it was measured, its critical rate; one `Decision` back, which also says when the next measurement is wanted. The
+same losses and rates always give the same decisions.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 Event = tuple[str, dict[str, Any]]
 
+# A loss this far below the first one is zero for every comparison: a fit to the last digit is no reference.
+_FLOOR = 1e-6
 # Stands for "no curvature at all", where 2 / lambda is infinite.
 _LARGEST_RATE = 1e30
 
@@ -87,6 +89,7 @@ class _State:
     rate: float = 0.0  # held between measurements
     kappa: float = 0.0
     low: float = math.inf  # the loss to come back to
+    first: float = 0.0  # loss of the first step
     entered: int = 0  # step at which the phase was entered
     spiked: int = 0  # step at which the loss left `low`
     updates: int = 0  # that the mean loss ran over,
@@ -134,7 +137,8 @@ class Catapulter:
             smoothing: steps to average over, where the policy leaves it open.
         """
         s, p = self._state, self.policy
-        if s.phase != "start" and not loss <= p.fatal * s.low:
+        s.first = s.first or loss
+        if s.phase != "start" and not loss <= p.fatal * max(s.low, _FLOOR * s.first):
             return self._undo(step, loss)
         h = p.smoothing or smoothing
         loss, measured = self._averaged(loss, eta_crit, h), eta_crit is not None
@@ -192,7 +196,7 @@ class Catapulter:
         s.phase, s.entered, s.low = "arm", step, loss
 
     def _recovery(self, step: int, loss: float, eta_crit: float, measured: bool, h: int) -> list[Event]:
-        """Back at the old loss and below the edge: done. Too long away: the loss reached is the new start, more gently."""
+        """Back at the old loss and below the edge: done. Too long away: start from the loss reached, more gently."""
         s, p = self._state, self.policy
         if loss <= s.low and (s.phase == "cool" or (measured and s.rate < eta_crit)):
             s.phase, s.kappa = "start", p.kappa

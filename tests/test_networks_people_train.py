@@ -387,7 +387,7 @@ def test_grad_scaler_with_the_optimizer() -> None:
                 scale.scale(loss).backward()
                 scale.step(optimizer)
                 scale.update()
-            trace.append((float(loss), optimizer.last.lambda_max, optimizer.param_groups[0]["effective_lr"]))
+            trace.append((loss.item(), optimizer.last.lambda_max, optimizer.param_groups[0]["effective_lr"]))
         return trace
 
     assert run(True) == run(False)

@@ -75,7 +75,7 @@ def top_eigenvalue(
         ritz = krylov.ritz(semidefinite)
         growth = abs(ritz.value - previous) / max(abs(ritz.value), 1e-300)
         calm = calm + 1 if done > 1 and growth < tol else 0
-        first = done == 1 and semidefinite and ritz.value <= (1 + 5 * tol) * ritz.theta
+        first = done == 1 and ritz.residual <= 5 * tol
         exact = ritz.residual <= tol**2 or ritz.value == 0.0
         converged = first or exact or calm >= (1 if tol >= 1e-3 else 2)
         if not (converged or done >= max_matvecs):
@@ -177,7 +177,7 @@ class _Krylov:
         thetas, vectors = np.linalg.eigh(self.vw)
         theta, c = float(thetas[-1]), vectors[:, -1]
         squared = float(c @ self.ww @ c) - theta**2
-        residual = math.sqrt(max(squared, 0.0)) / abs(theta) if theta else 0.0
+        residual = math.sqrt(abs(squared)) / abs(theta) if theta else 0.0
         value = theta
         if semidefinite and theta > 0:
             # Dividing by v.A v is safe only where that is clear of the products' own error.
@@ -195,7 +195,7 @@ class _Krylov:
         pairs = []
         for theta, c in list(zip(thetas, vectors.T, strict=True))[: -k - 1 : -1]:
             squared = float(c @ self.ww @ c) - theta**2
-            pairs.append((float(theta), c, math.sqrt(max(squared, 0.0)) / largest))
+            pairs.append((float(theta), c, math.sqrt(abs(squared)) / largest))
         return pairs
 
     def ritz_vector(self, ritz: _Ritz) -> Vector:

@@ -83,8 +83,8 @@ class GGN:
 class NTK:
     """Tangent kernel K = J J^T of the captured outputs: a vector has one tensor per model output, shaped like it.
 
-    Its non-zero eigenvalues are those of the GGN of (1/2) sum (f - y)^2. A product is a backward pass and a linearization.
-    Only inside `preserved`.
+    Its non-zero eigenvalues are those of the GGN of (1/2) sum (f - y)^2. A product is a backward pass and a
+    linearization. Only inside `preserved`.
     """
 
     semidefinite = True
@@ -164,7 +164,7 @@ class FiniteDifference:
             if fits or retries == 0 or better == self._step.relative:
                 break
             self._step.relative = better
-            del outputs  # its graph, before the next one is built
+            outputs = []  # frees the graph before the next one is built
         return eps, outputs
 
     def _base(self, forward: ForwardCall) -> list[Tensor]:
@@ -175,7 +175,7 @@ class FiniteDifference:
 
 
 class ForwardMode:
-    """J v by forward-mode differentiation (dual numbers): exact, where every operation has a rule; about twice the cost."""
+    """J v by forward-mode differentiation (dual numbers): exact where every operation has a rule, at twice the cost."""
 
     def __init__(self, model: nn.Module, mover: _Mover, calls: Sequence[LossCall], step: StepSize) -> None:
         self._model, self._mover, self._calls = model, mover, calls

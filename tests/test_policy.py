@@ -1,0 +1,151 @@
+"""The policy with numbers alone: what it decides for hand-written losses and critical rates."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from catapult_opt.policy import Catapulter, CatapultPolicy, Decision
+
+
+def run(losses: list[float], eta: float | list[float | None] = 1.0, **settings: object) -> list[Decision]:
+    machine = Catapulter(CatapultPolicy(**settings))  # type: ignore[arg-type]
+    etas = eta if isinstance(eta, list) else [eta] * len(losses)
+    return [
+        machine.update(step=i, loss=loss, eta_crit=e) for i, (loss, e) in enumerate(zip(losses, etas, strict=True), 1)
+    ]
+
+
+def test_first_step_is_twice_the_critical_rate_with_a_snapshot() -> None:
+    (first,) = run([1.0], 0.25)
+    assert (first.rate, first.phase, first.take_snapshot) == (0.5, "arm", True)
+
+
+def test_a_whole_catapult_goes_through_arm_hot_cool_and_arms_again() -> None:
+    losses = [1.0, 1.1, 2.0, 9.0, 150.0, 40.0, 5.0, 0.9, 0.9]
+    phases = [d.phase for d in run(losses)]
+    assert phases == ["arm", "arm", "hot", "hot", "cool", "cool", "cool", "arm", "arm"]
+
+
+def test_quench_cools_at_once_below_the_edge() -> None:
+    decisions = run([1.0, 2.0, 99.0, 101.0])
+    assert [d.phase for d in decisions] == ["arm", "hot", "hot", "cool"]
+    assert decisions[-1].rate == pytest.approx(0.8)
+    assert all(d.rate == 2.0 for d in decisions[:-1])
+
+
+def test_a_spike_is_held_ten_steps_at_most() -> None:
+    decisions = run([1.0] + [2.0] * 14)
+    assert [d.phase for d in decisions].count("hot") == 10
+
+
+def test_without_a_spike_the_attempt_is_renewed_and_the_rate_at_most_doubles() -> None:
+    decisions = run([1.0] * 60, [0.1] + [10.0] * 59)
+    renewed = [(i, d.rate) for i, d in enumerate(decisions, 1) if d.take_snapshot]
+    assert [step for step, _ in renewed] == [1, 26, 51]
+    assert [rate for _, rate in renewed] == pytest.approx([0.2, 0.4, 0.8])
+
+
+def test_clamp_never_above_kappa_times_the_present_critical_rate() -> None:
+    decisions = run([1.0] * 5, [1.0, 0.5, 0.2, 0.5, 1.0])
+    assert [d.rate for d in decisions] == pytest.approx([2.0, 1.0, 0.4, 0.4, 0.4])
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 2e6])
+def test_beyond_recovery_restores_the_snapshot_and_tries_more_gently(loss: float) -> None:
+    machine = Catapulter(CatapultPolicy())
+    machine.update(step=1, loss=1.0, eta_crit=1.0)
+    decision = machine.update(step=2, loss=loss, eta_crit=None)
+    assert decision.restore
+    assert decision.rate == pytest.approx(0.5)
+    assert [name for name, _ in decision.events] == ["restore"]
+    after = machine.update(step=3, loss=1.0, eta_crit=1.0)
+    assert not after.restore
+    assert after.rate == pytest.approx(0.5)
+
+
+def test_a_loss_of_exactly_zero_does_not_make_every_later_loss_fatal() -> None:
+    decisions = run([1.0, 0.0, 0.0, 1e-7, 1e-3, 0.5])
+    assert not any(d.restore for d in decisions)
+
+
+def test_a_catapult_that_does_not_return_is_given_up_and_the_next_is_gentler() -> None:
+    decisions = run([1.0] + [3.0] * 130)
+    backed = [(i, d) for i, d in enumerate(decisions, 1) if any(name == "back_off" for name, _ in d.events)]
+    assert backed[0][0] == 102
+    assert dict(backed[0][1].events)["back_off"]["kappa"] == pytest.approx(1.5)
+    assert not any(d.restore for d in decisions)
+
+
+def test_settles_below_the_edge_when_the_length_is_known() -> None:
+    decisions = run([1.0] * 100, total_steps=100)
+    assert {d.phase for d in decisions[60:]} == {"settle"}
+    assert all(d.rate == pytest.approx(0.8) for d in decisions[60:])
+    assert all(d.phase != "settle" for d in decisions[:60])
+
+
+def test_no_curvature_gives_a_finite_rate() -> None:
+    assert math.isfinite(run([1.0], math.inf)[0].rate)
+
+
+def test_mini_batch_noise_is_averaged() -> None:
+    """One batch in ten with a loss five times the usual starts no spike once averaged."""
+    losses = [5.0 if i % 10 == 9 else 1.0 for i in range(200)]
+    assert "hot" not in {d.phase for d in run(losses, smoothing=50)[60:]}
+    assert "hot" in {d.phase for d in run(losses)}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0) | st.just(math.nan), st.none() | st.floats(1e-12, 1e12)), min_size=1, max_size=80),
+    st.sampled_from([1, 5, 50]),
+)
+def test_any_sequence_gives_positive_finite_rates_below_the_clamp(
+    rows: list[tuple[float, float | None]], smoothing: int
+) -> None:
+    machine = Catapulter(CatapultPolicy())
+    machine.update(step=1, loss=1.0, eta_crit=1.0, smoothing=smoothing)
+    for step, (loss, eta) in enumerate(rows, 2):
+        decision = machine.update(step=step, loss=loss, eta_crit=eta, smoothing=smoothing)
+        assert math.isfinite(decision.rate)
+        assert decision.rate > 0
+        assert decision.measure_in >= 1
+        if eta is not None and smoothing == 1 and not decision.restore:
+            assert decision.rate <= 2.0 * eta * (1 + 1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.floats(1e-6, 1e9), st.none() | st.floats(1e-3, 1e3)), max_size=60), st.integers(0, 60))
+def test_state_round_trip_continues_alike(rows: list[tuple[float, float | None]], cut: int) -> None:
+    whole, first = Catapulter(CatapultPolicy()), Catapulter(CatapultPolicy())
+    for machine in (whole, first):
+        machine.update(step=1, loss=1.0, eta_crit=1.0)
+    resumed = first
+    for step, (loss, eta) in enumerate(rows, 2):
+        if step - 2 == cut:
+            resumed = Catapulter(CatapultPolicy())
+            resumed.load_state_dict(first.state_dict())
+        assert resumed.update(step=step, loss=loss, eta_crit=eta) == whole.update(step=step, loss=loss, eta_crit=eta)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("kappa", 1.0),
+        ("kappa", math.nan),
+        ("quench", -1.0),
+        ("cool", 1.5),
+        ("cool", 0.0),
+        ("hot_steps", 0),
+        ("arm_steps", 2.5),
+        ("total_steps", -3),
+        ("smoothing", True),
+        ("measure_armed", 0),
+    ],
+)
+def test_refuses_settings_that_mean_nothing(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name):
+        CatapultPolicy(**{name: value})  # type: ignore[arg-type]
