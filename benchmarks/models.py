@@ -91,7 +91,7 @@ class ViT(nn.Module):
 
 
 class GPT(nn.Module):
-    """Causal language model with GPT-2's initialisation; the vocabulary is dimension 1 of the logits, as its loss wants."""
+    """Causal language model with GPT-2's initialisation; dimension 1 of the logits is the vocabulary."""
 
     def __init__(
         self, vocabulary: int = 128, context: int = 64, width: int = 96, depth: int = 3, heads: int = 4
