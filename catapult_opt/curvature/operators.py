@@ -159,7 +159,7 @@ class FiniteDifference:
             self._mover.move(v, eps)
             outputs = _outputs(self._model, self._calls[0])
             moved = _relative_move([o.detach() for o in outputs], self._bases[0])
-            fits = target / 10 <= moved <= target * 3 or moved == 0 or not math.isfinite(moved)
+            fits = target / 100 <= moved <= target * 3 or moved == 0 or not math.isfinite(moved)
             better = min(max(self._step.relative * target / (moved or 1.0), first / _STEP_RANGE), first * _STEP_RANGE)
             if fits or retries == 0 or better == self._step.relative:
                 break
