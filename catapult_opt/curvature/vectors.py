@@ -12,7 +12,7 @@ Vector = list[Tensor]
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Inner product of two vectors, a 0-d tensor on the first tensor's device."""
-    parts = [torch.sum(x * y) for x, y in zip(a, b, strict=True)]
+    parts = [torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)]  # no temporary
     return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
 
@@ -26,12 +26,17 @@ def scaled(a: Sequence[Tensor], factor: float) -> Vector:
     return [x * factor for x in a]
 
 
+def add_(total: Vector, vectors: Sequence[Vector], coefficients: Sequence[float]) -> None:
+    """total += sum_i coefficients[i] * vectors[i], in place."""
+    for vector, coefficient in zip(vectors, coefficients, strict=True):
+        for x, y in zip(total, vector, strict=True):
+            x.add_(y, alpha=coefficient)
+
+
 def combine(vectors: Sequence[Vector], coefficients: Sequence[float]) -> Vector:
     """The linear combination sum_i coefficients[i] * vectors[i]."""
     total = scaled(vectors[0], coefficients[0])
-    for vector, coefficient in zip(vectors[1:], coefficients[1:], strict=True):
-        for x, y in zip(total, vector, strict=True):
-            x.add_(y, alpha=coefficient)
+    add_(total, vectors[1:], coefficients[1:])
     return total
 
 
