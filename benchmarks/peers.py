@@ -1,9 +1,8 @@
 """Other packages that estimate the top curvature of a batch, each asked for 1 % the way its users ask.
 
-The exact versions, which work together with torch 2.13 (their own pins do not, hence --no-deps):
+The exact versions, which work together with torch 2.13 (they ask for others, hence --no-deps):
 
-    pip install --no-deps -c constraints-bench.txt curvlinops-for-pytorch backpack-for-pytorch einops einconv \\
-        linear_operator opt_einsum tqdm unfoldNd jaxtyping hessian-eigenthings pyhessian
+    pip install --no-deps -r constraints-bench.txt
 
 torchvision is needed by none of what is used here. Every package gets its best case: attention by the composed kernel
 (theirs need second derivatives or forward mode), BatchNorm without running statistics where it cannot handle them.
@@ -31,7 +30,6 @@ class Peer:
     """One package's estimate of the largest eigenvalue to 1 %."""
 
     name: str
-    package: str  # to install
     module: str  # to import
     matrix: str  # what it takes the eigenvalue of: "ggn" in train mode, or "hessian" in eval mode
     estimate: Callable[[nn.Module, nn.Module, Tensor, Tensor], tuple[float, int]]  # -> eigenvalue, products spent
@@ -41,7 +39,7 @@ class Peer:
         try:
             importlib.import_module(self.module)
         except ImportError as error:
-            return f"{self.name} is skipped ({error}): see benchmarks/peers.py, or pip install {self.package}"
+            return f"{self.name} is skipped ({error}): pip install --no-deps -r constraints-bench.txt"
         return None
 
     def __call__(self, model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> tuple[float, int]:
@@ -114,9 +112,9 @@ def _pyhessian(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> 
 
 
 PEERS: tuple[Peer, ...] = (
-    Peer("curvlinops + eigsh", "curvlinops-for-pytorch", "curvlinops", "ggn", _curvlinops(None)),
+    Peer("curvlinops + eigsh", "curvlinops", "ggn", _curvlinops(None)),
     # scipy's default subspace of 20 vectors is made for more than one eigenvalue to 1 %.
-    Peer("curvlinops + eigsh, ncv=4", "curvlinops-for-pytorch", "curvlinops", "ggn", _curvlinops(4)),
-    Peer("hessian-eigenthings, GGN", "hessian-eigenthings", "hessian_eigenthings", "ggn", _eigenthings),
-    Peer("PyHessian, Hessian", "pyhessian", "pyhessian", "hessian", _pyhessian),
+    Peer("curvlinops + eigsh, ncv=4", "curvlinops", "ggn", _curvlinops(4)),
+    Peer("hessian-eigenthings, GGN", "hessian_eigenthings", "ggn", _eigenthings),
+    Peer("PyHessian, Hessian", "pyhessian", "hessian", _pyhessian),
 )

@@ -57,6 +57,8 @@ def _top(product: Callable[[list[Tensor]], Sequence[Tensor]], params: list[Tenso
 
     n = sum(sizes)
     start = np.random.default_rng(0).standard_normal(n)
+    if not matvec(start).any():
+        return 0.0  # dead or saturated everywhere: ARPACK would refuse
     operator = LinearOperator((n, n), matvec=matvec, dtype=np.float64)
     # A residual of 1e-3 leaves an error of the eigenvalue of 1e-6 or less where the top is not degenerate.
     return float(eigsh(operator, k=1, which=which, tol=1e-3, ncv=12, v0=start, return_eigenvectors=False)[0])

@@ -1,0 +1,40 @@
+"""The benchmarks run and print their table. Their figures are not tested: a shared machine is no place for that."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def test_curvature_quick(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.json"
+    arguments = ["--quick", "--no-peers", "--families", "MLP", "GPT", "--json", str(path)]
+    command = [sys.executable, str(BENCHMARKS / "curvature.py"), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    for row in (
+        "curvature product",
+        "ours, cold",
+        "ours, warm",
+        "overhead",
+        "median error of eta_crit",
+        "held",
+        "peak",
+    ):
+        assert row in run.stdout
+    results = json.loads(path.read_text())["results"]
+    assert [r["family"] for r in results] == ["MLP", "GPT"]
+    for r in results:
+        assert r["plain_seconds"] and r["product_seconds"] and r["training_errors"]
+        assert set(r["estimates"]) == {"ours, cold", "ours, warm", "ours, cold, exact products"}
+
+
+def test_absent_package_is_skipped_with_a_line_that_says_what_to_install() -> None:
+    script = "import sys; sys.modules['curvlinops'] = None\nfrom peers import PEERS\nprint(PEERS[0].missing())"
+    run = subprocess.run([sys.executable, "-c", script], cwd=BENCHMARKS, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "curvlinops" in run.stdout and "pip install --no-deps -r constraints-bench.txt" in run.stdout
