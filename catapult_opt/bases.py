@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from .curvature.critical import adam_critical_lr, sgd_critical_lr
+from .curvature.operators import Scale
 
 Group = dict[str, Any]
-Scale = Sequence[float | Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def next_update(optimizer: Optimizer, *, scale: bool = True) -> BaseUpdate:
     """The update the optimizer is about to make with the gradients present.
 
     The preconditioner P of Adam, AdamW, RMSprop and Adagrad is the one this very step will use (the running averages
-    with the present gradient in), taken as frozen; their critical rates are those of DESIGN's formulas for the
+    with the present gradient in), taken as frozen; their critical rates are those of `curvature.critical` for the
     preconditioned curvature P^(-1/2) G P^(-1/2).
 
     Args:
@@ -91,10 +91,16 @@ def _gradient(p: Tensor) -> Tensor:
     return torch.zeros_like(p) if p.grad is None else p.grad
 
 
+def _average(state: dict[str, Any], key: str, p: Tensor) -> Tensor:
+    """A running average of the optimizer's; zeros before the first step."""
+    average: Tensor = state[key] if key in state else torch.zeros_like(p)
+    return average
+
+
 def _inverse_adam(g: Group, p: Tensor, state: dict[str, Any]) -> Tensor:
     """1 / (sqrt(v_hat) + eps) with the bias-corrected second moment of the coming step."""
     beta2, step = g["betas"][1], float(state.get("step", 0)) + 1
-    v: Tensor = state.get("exp_avg_sq", torch.zeros_like(p)) * beta2 + (1 - beta2) * _gradient(p) ** 2
+    v = _average(state, "exp_avg_sq", p) * beta2 + (1 - beta2) * _gradient(p) ** 2
     if g["amsgrad"]:
         v = torch.maximum(v, state.get("max_exp_avg_sq", v))
     inverse: Tensor = 1.0 / ((v / (1 - beta2**step)).sqrt() + g["eps"])
@@ -103,16 +109,16 @@ def _inverse_adam(g: Group, p: Tensor, state: dict[str, Any]) -> Tensor:
 
 def _inverse_rmsprop(g: Group, p: Tensor, state: dict[str, Any]) -> Tensor:
     alpha, grad = g["alpha"], _gradient(p)
-    v: Tensor = state.get("square_avg", torch.zeros_like(p)) * alpha + (1 - alpha) * grad**2
+    v = _average(state, "square_avg", p) * alpha + (1 - alpha) * grad**2
     if g["centered"]:
-        mean = state.get("grad_avg", torch.zeros_like(p)) * alpha + (1 - alpha) * grad
+        mean = _average(state, "grad_avg", p) * alpha + (1 - alpha) * grad
         v = (v - mean**2).clamp_min(0)
     inverse: Tensor = 1.0 / (v.sqrt() + g["eps"])
     return inverse
 
 
 def _inverse_adagrad(g: Group, p: Tensor, state: dict[str, Any]) -> Tensor:
-    total: Tensor = state.get("sum", torch.zeros_like(p)) + _gradient(p) ** 2
+    total = _average(state, "sum", p) + _gradient(p) ** 2
     decay = 1 + float(state.get("step", 0)) * g["lr_decay"]
     inverse: Tensor = 1.0 / ((total.sqrt() + g["eps"]) * decay)
     return inverse

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import LossCall, as_module, connect, loss_of, scalar_loss
+from .checks import check_whole_number
 from .curvature.eigensolver import top_eigenvalue
 from .curvature.gram import LARGEST_BATCH, NotLayerwise, gram_lambda_max
 from .curvature.operators import (
@@ -128,8 +129,8 @@ def _by_gram(model: nn.Module, params: Sequence[Tensor], calls: Sequence[LossCal
     if (calls[0].forwards[0].batch_size or 0) > LARGEST_BATCH:
         return None
     try:
-        value = gram_lambda_max(model, params, calls, scale)
-        ntk = _ntk([OutputHessian(call) for call in calls], value) if scale is None else None
+        value, hessian = gram_lambda_max(model, params, calls, scale)
+        ntk = _ntk([hessian], value) if scale is None else None
     except NotLayerwise:
         return None
     if not math.isfinite(value):
@@ -255,8 +256,7 @@ def critical_lr(
         raise TypeError(f"tol must be a number, got {tol!r}")
     if not 0 <= tol < math.inf:
         raise ValueError(f"tol must be a finite number >= 0, got {tol!r}")
-    if not isinstance(max_matvecs, int) or isinstance(max_matvecs, bool) or max_matvecs < 1:
-        raise ValueError(f"max_matvecs must be a whole number >= 1, got {max_matvecs!r}")
+    check_whole_number("max_matvecs", max_matvecs)
     if outputs is not None and not callable(outputs):
         raise TypeError(f"outputs must be a function of the model's output, got {outputs!r}")
     params = trainable(model)

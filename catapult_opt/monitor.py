@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from .bases import BaseUpdate, check_supported, next_update
 from .capture import Capture, LossCall, as_module
 from .catapults import CatapultCounter, Event, is_super_critical
+from .checks import check_whole_number
 from .curvature.operators import ENGINES, StepSize
 from .curvature.vectors import Vector
 from .measure import GRAM, CriticalLR, MeasurementError, MeasurementWarning, choose_engine, measure, trainable
@@ -90,8 +91,8 @@ class Session:
     ) -> None:
         check_scaler(grad_scaler)
         check_model(model, [p for group in optimizer.param_groups for p in group["params"]])
-        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
-            raise ValueError(f"every must be a whole number >= 1, got {every!r}")
+        if every is not None:
+            check_whole_number("every", every)
         if engine not in ("auto", GRAM, *ENGINES):
             raise ValueError(f"engine must be one of auto, {GRAM}, {', '.join(ENGINES)}, got {engine!r}")
         if outputs is not None and criterion is not None:

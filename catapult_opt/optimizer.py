@@ -266,7 +266,7 @@ class CatapultSGD(Optimizer):
         if self._session is None:
             self._refuse_unattached()
             self._update(None)
-        elif self._session.capture.problem() and all(float(g["lr"]) == 0 for g in self.param_groups):
+        elif all(float(g["lr"]) == 0 for g in self.param_groups) and self._session.capture.problem():
             self._prepare_state()  # torch.distributed.checkpoint initialises state by a step of rate 0
             self._update(0.0)
         else:
@@ -305,7 +305,8 @@ class CatapultSGD(Optimizer):
         assert self._session is not None
         if not self._session.capture.armed:
             return None
-        return [self.state.get(p, {}).get(_VECTOR, torch.zeros_like(p)) for p in self._session.params]
+        kept = [self.state.get(p, {}).get(_VECTOR) for p in self._session.params]
+        return [torch.zeros_like(p) if v is None else v for p, v in zip(self._session.params, kept, strict=True)]
 
     def _update(self, rate: float | None) -> None:
         """torch's own SGD update at lr * rate (None: at lr)."""

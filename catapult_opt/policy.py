@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-Event = tuple[str, dict[str, Any]]
+from .catapults import Event
+from .checks import check_whole_number
 
 # A loss this far below the first one is zero for every comparison: a fit to the last digit is no reference.
 _FLOOR = 1e-6
@@ -56,8 +57,7 @@ class CatapultPolicy:
             value = getattr(self, name)
             if value is None and name in ("total_steps", "smoothing"):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+            check_whole_number(name, value)
 
 
 _WHOLE = ("hot_steps", "arm_steps", "patience", "measure_armed", "measure_spiking", "measure_settled")

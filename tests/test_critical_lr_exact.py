@@ -174,20 +174,7 @@ def test_monitor_matches_dense_jacobian(case: Case, dtype: torch.dtype) -> None:
     loop.monitor.detach()
 
 
-# A batch whose top two eigenvalues are close, measured from a vector with next to no share in the larger: the second
-# is found and held to be the first. A few products cannot tell; the residual (1 %) rightly says an eigenvalue is there.
-NEARLY_DEGENERATE = {"mse-subclass-halved"}
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            c, id=c.name, marks=[pytest.mark.xfail(reason="nearly degenerate")] * (c.name in NEARLY_DEGENERATE)
-        )
-        for c in CASES
-    ],
-)
+@every_case
 def test_monitor_follows_batches_and_weights(case: Case) -> None:
     """The solver: three steps on unrelated batches (sizes 6, 5, 6), weights moving, a few products a step. Each
     measurement is of its own step; what is called converged is within 5 %, what is not is still a fair lower bound.

@@ -28,10 +28,10 @@ class NotLayerwise(ValueError):
 
 def gram_lambda_max(
     model: nn.Module, params: Sequence[Tensor], calls: Sequence[LossCall], scale: Scale = None
-) -> float:
-    """Top eigenvalue of D^(1/2) G D^(1/2) for a loss of one scalar output per sample. Only inside `preserved`.
+) -> tuple[float, OutputHessian]:
+    """Top eigenvalue of D^(1/2) G D^(1/2) for a loss of one scalar output per sample, and the H_out it was found with.
 
-    Samples must not influence each other (no batch statistics): this is not checked here.
+    Only inside `preserved`. Samples must not influence each other (no batch statistics): this is not checked here.
 
     Raises:
         NotLayerwise: a parameter does not belong to a linear layer used once on a (n, features) input, an output is not
@@ -41,7 +41,8 @@ def gram_lambda_max(
     rates = _rates(params, scale)
     f, layers = _run(model, call, {id(p) for p in params})
     n = f.numel()
-    curvature = _per_sample(OutputHessian(call), call, n)
+    hessian = OutputHessian(call)
+    curvature = _per_sample(hessian, call, n)
     wanted = [t for _, z, module in layers for t in (z, *_trained(module, rates))]
     gradients = iter(torch.autograd.grad(f.sum(), wanted))
     kernel = f.new_zeros(n, n)
@@ -50,7 +51,7 @@ def gram_lambda_max(
         pulled = {id(p): next(gradients) for p in _trained(module, rates)}
         kernel += _share(module, a, b, pulled, rates)
     root = curvature.clamp_min(0).sqrt()
-    return float(torch.linalg.eigvalsh((root[:, None] * kernel * root).double())[-1])
+    return float(torch.linalg.eigvalsh((root[:, None] * kernel * root).double())[-1]), hessian
 
 
 def _only(calls: Sequence[LossCall]) -> LossCall:

@@ -6,6 +6,7 @@ All act on D^(1/2) A D^(1/2), where A is the GGN or the Hessian of the step's lo
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,10 +45,8 @@ class StepSize:
     relative: float = 0.0
 
 
-class GGN:
-    """Generalized Gauss-Newton matrix of the step's loss: sum over its terms of J^T H_out J (weights contained).
-
-    Only inside `preserved`.
+class _JacobianOperator:
+    """What the operators built on J share.
 
     Args:
         model, params, calls: what was captured.
@@ -67,10 +66,21 @@ class GGN:
         scale: Scale = None,
         engine: str = "finite-difference",
     ) -> None:
-        self._params, self._calls = list(params), calls
+        self._model, self._params, self._calls = model, list(params), calls
         self._mover = _Mover(self._params, scale)
         self._linearize: Linearizer = ENGINES[engine](model, self._mover, calls, step)
-        self.hessians = [OutputHessian(call) for call in calls]
+
+
+class GGN(_JacobianOperator):
+    """Generalized Gauss-Newton matrix of the step's loss: sum over its terms of J^T H_out J (weights contained).
+
+    Only inside `preserved`.
+    """
+
+    @functools.cached_property
+    def hessians(self) -> list[OutputHessian]:
+        """H_out of every loss call; built once, at the weights of the step."""
+        return [OutputHessian(call) for call in self._calls]
 
     def matvec(self, v: Vector) -> Vector:
         """G v."""
@@ -80,31 +90,16 @@ class GGN:
         return self._mover.scaled(total)
 
 
-class NTK:
+class NTK(_JacobianOperator):
     """Tangent kernel K = J J^T of the captured outputs: a vector has one tensor per model output, shaped like it.
 
     Its non-zero eigenvalues are those of the GGN of (1/2) sum (f - y)^2. A product is a backward pass and a
     linearization. Only inside `preserved`.
     """
 
-    semidefinite = True
-
-    def __init__(
-        self,
-        model: nn.Module,
-        params: Sequence[Tensor],
-        calls: Sequence[LossCall],
-        step: StepSize,
-        scale: Scale = None,
-        engine: str = "finite-difference",
-    ) -> None:
-        self._model, self._params, self._calls = model, list(params), calls
-        self._mover = _Mover(self._params, scale)
-        self._linearize: Linearizer = ENGINES[engine](model, self._mover, calls, step)
-
     def matvec(self, u: Vector) -> Vector:
         """K u."""
-        self._mover.move([torch.zeros_like(p) for p in self._params], 0.0)
+        self._mover.back()
         pulled = [torch.zeros_like(p) for p in self._params]
         outputs = [t for call in self._calls for t in _outputs(self._model, call)]
         _accumulate(pulled, outputs, u, self._params)
@@ -295,6 +290,11 @@ class _Mover:
     def move(self, v: Vector, eps: float) -> None:
         for p, w, x in zip(self.params, self._origin, self.scaled(v), strict=True):
             p.data = torch.add(w, x, alpha=eps)
+
+    def back(self) -> None:
+        """To w itself."""
+        for p, w in zip(self.params, self._origin, strict=True):
+            p.data = w
 
     def scaled(self, v: Vector) -> Vector:
         if self._roots is None:
