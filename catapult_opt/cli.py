@@ -1,12 +1,13 @@
-"""The command line: ``catapult-opt report``, ``catapult-opt plot``.
+"""The command line: ``catapult-opt report``, ``catapult-opt plot``, ``catapult-opt reproduce``.
 
-Only the run log and the report are imported here, matplotlib when it is needed and torch not at all, so that looking
-at a running training is quick.
+Only the run log and the report are imported here, matplotlib when it is needed and torch only to reproduce, so that
+looking at a running training is quick.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import textwrap
@@ -32,6 +33,8 @@ examples:
   catapult-opt report runs/ --watch             while training; Ctrl-C ends it
   catapult-opt report runs/ --json | jq '.[].catapults'
   catapult-opt plot runs/batch_5.jsonl -o batch_5.png
+  catapult-opt reproduce --list                 figures and tables of the thesis
+  catapult-opt reproduce table-4.1 --quick
 
 A run log is what CatapultSGD, CatapultLR and CatapultMonitor write when given log="run.jsonl".
 """
@@ -57,6 +60,20 @@ _PLOT = """\
 Loss, learning rate against the critical one, and lambda_max over the steps;
 super-critical steps are shaded, catapults marked.
 Needs matplotlib: pip install 'catapult_opt[plot]'.
+"""
+
+_REPRODUCE = """\
+Run the experiment behind a figure or table of the thesis and judge what it
+states: holds, holds in part, or fails. Leaves results, verdict and a picture
+in DIR/NAME. Results that are there already are not run again, so the same
+command goes on after an interruption.
+"""
+
+_REPRODUCE_EPILOG = """\
+Without --quick or --full, the setting that fits two CPU cores. Pictures need
+matplotlib: pip install 'catapult_opt[plot]'.
+
+exit status: 0; 1 if a statement fails; 2 if something could not be run.
 """
 
 
@@ -87,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_report(commands)
     _add_plot(commands)
+    _add_reproduce(commands)
     return parser
 
 
@@ -130,6 +148,47 @@ def _add_plot(commands: Any) -> None:
         "-o", "--output", metavar="FILE", help="picture to write, its suffix says the format (default: RUN.png)"
     )
     command.set_defaults(run=_plot)
+
+
+def _add_reproduce(commands: Any) -> None:
+    command = commands.add_parser(
+        "reproduce",
+        help="run a figure or table of the thesis, with a verdict",
+        description=_REPRODUCE,
+        epilog=_REPRODUCE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("names", metavar="NAME", nargs="*", help="fig-4.9, table-4.1, ... or all")
+    command.add_argument("--list", action="store_true", help="name everything that can be reproduced")
+    scale = command.add_mutually_exclusive_group()
+    scale.add_argument("--quick", action="store_true", help="scaled down to seconds: not the thesis' numbers")
+    scale.add_argument("--full", action="store_true", help="the thesis' own setting: may take hours or days on a CPU")
+    command.add_argument("--seeds", metavar="N", type=_positive, help="repetitions (default: the setting's own)")
+    command.add_argument("--data", metavar="DIR", type=Path, help="folder with the data sets")
+    command.add_argument("--download", action="store_true", help="fetch data sets that DIR lacks")
+    command.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="folder for results (default: runs/reproduce[-quick|-full])",
+    )
+    command.add_argument(
+        "--results",
+        metavar="DIR",
+        nargs="?",
+        const="",
+        help="for the repository: record the results in DIR, if given, and write RESULTS.md from all recorded ones",
+    )
+    command.add_argument(
+        "--into", metavar="DIR", type=Path, default=Path("analysis"), help="where RESULTS.md goes (default: analysis)"
+    )
+    command.set_defaults(run=_reproduce)
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _add_runs(command: argparse.ArgumentParser) -> None:
@@ -274,3 +333,8 @@ def _plot(options: argparse.Namespace) -> int:
         return _complain([f"{output}: cannot be written ({error})"])
     print(output)
     return status
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    command = importlib.import_module("catapult_opt.analysis.reproduce.command")  # loads torch
+    return int(command.run(options, _Console(), Console(stderr=True)))

@@ -110,13 +110,13 @@ def _encode_float(value: float) -> float | str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _decode(value: Any) -> Any:
+def decode(value: Any) -> Any:
     if isinstance(value, str):
         return _NON_FINITE.get(value, value)
     if isinstance(value, dict):
-        return {key: _decode(item) for key, item in value.items()}
+        return {key: decode(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_decode(item) for item in value]
+        return [decode(item) for item in value]
     return value
 
 
@@ -211,7 +211,7 @@ def _checked_header(header: Record, path: Path) -> Record:
     for key, check in _HEADER_FIELDS.items():
         if header[key] is not None and not check(header[key]):
             raise ValueError(f"the header is damaged (field {key!r} is of the wrong type)")
-    return {**header, "settings": _decode(header["settings"])}
+    return {**header, "settings": decode(header["settings"])}
 
 
 def _add_line(log: RunLog, number: int, data: bytes, size: int) -> None:
@@ -233,7 +233,7 @@ def _add_record(log: RunLog, number: int, record: Record) -> None:
         _checked_step(record, least=0)
         if not isinstance(record.get("event"), str):
             raise ValueError("event record without the event's name")
-        log.events.append(_decode(record))
+        log.events.append(decode(record))
     elif kind == "metrics":
         log.metrics.append(_checked_metrics(record))
     else:
@@ -266,7 +266,7 @@ def _checked_step_record(record: Record) -> Record:
     for key in required:
         if key not in record:
             raise ValueError(f"step record without {key!r}")
-    checked = _decode(record)
+    checked = decode(record)
     for key in _STEP_FIELDS.keys() & checked.keys():
         if not _STEP_FIELDS[key](checked[key]):
             raise ValueError(f"step record whose {key!r} is of the wrong type")
@@ -277,7 +277,7 @@ def _checked_step_record(record: Record) -> Record:
 
 def _checked_metrics(record: Record) -> Record:
     _checked_step(record, least=0)
-    values = _decode(record.get("values"))
+    values = decode(record.get("values"))
     if not isinstance(values, dict) or not all(_is_number(value) for value in values.values()):
         raise ValueError("metrics record whose values are not numbers")
     return {**record, "values": {key: float(value) for key, value in values.items()}}
