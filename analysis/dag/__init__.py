@@ -1,0 +1,43 @@
+"""Neural networks from any directed acyclic graph, and how close to linear in their weights they are (thesis ch. 2)."""
+
+from .graph import DAG, add_bottlenecks, conv1d, densenet, drop_edges, fcn, with_skips
+from .measures import (
+    HessianNorm,
+    KernelChange,
+    Linearization,
+    PLStar,
+    Slope,
+    gradient_norm,
+    gradient_norm_bound,
+    hessian_norm,
+    hessian_norm_in_ball,
+    log_log_slope,
+    pl_star,
+    points_in_ball,
+    tangent_kernel,
+)
+from .network import DAGNetwork
+
+__all__ = [
+    "DAG",
+    "DAGNetwork",
+    "HessianNorm",
+    "KernelChange",
+    "Linearization",
+    "PLStar",
+    "Slope",
+    "add_bottlenecks",
+    "conv1d",
+    "densenet",
+    "drop_edges",
+    "fcn",
+    "gradient_norm",
+    "gradient_norm_bound",
+    "hessian_norm",
+    "hessian_norm_in_ball",
+    "log_log_slope",
+    "pl_star",
+    "points_in_ball",
+    "tangent_kernel",
+    "with_skips",
+]
