@@ -125,10 +125,8 @@ def test_drop_edges_of_a_densenet_equals_masked_matrices():
     dag = drop_edges(whole, 0.5, seed=3)
     net = DAGNetwork(dag, torch.tanh)
     there = sp.csc_array(dag.adjacency).toarray()
-    x, h = normal(3, 4), [normal(3, 4)]
-    h = [x]
-    weights = weight_of_edges(net)
-    start = 0
+    x = normal(3, 4)
+    h, weights = [x], weight_of_edges(net)
     for size in (6, 5, 1):
         start = sum(a.shape[1] for a in h)
         before = torch.cat(h, 1)
@@ -159,17 +157,13 @@ def test_definition_neuron_by_neuron(dag, sparse, seed):
     expected = by_definition(net, x, lambda v: own.get(v, identity if v in dag.outputs else torch.relu))
     torch.testing.assert_close(net(x), expected)
     for v in hidden:
-        value = by_definition_pre(net, x, v, own)
-        torch.testing.assert_close(net.pre_activation(x, v), value)
+        torch.testing.assert_close(net.pre_activation(x, v), pre_by_definition(net, x, v))
 
 
-def by_definition_pre(net, x, v, own):
-    """The pre-activation of v is the output of the same network with v alone as its output, in the identity."""
+def pre_by_definition(net, x, v):
     trace = net.trace(x)
-    depth = int(net.dag.layer[v])
     values = {int(u): trace.values[net.dag.layer[u]][:, i] for layer in net.dag.layers for i, u in enumerate(layer)}
     weights = weight_of_edges(net)
-    assert depth > 0
     return sum(weights[int(u), v] * values[int(u)] for u in net.dag.sources(v)) / math.sqrt(net.dag.in_degree[v])
 
 
@@ -439,7 +433,7 @@ def test_picture_shows_every_vertex_and_edge():
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyArrowPatch
 
-    from catapult_opt.analysis.dag.picture import draw_layers
+    from catapult_opt.analysis.dag import draw_layers
 
     dag = with_skips(add_bottlenecks(fcn([3, 5, 5, 2]), [9]))
     left, right = Figure().subplots(1, 2)

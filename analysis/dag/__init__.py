@@ -17,6 +17,7 @@ from .measures import (
     tangent_kernel,
 )
 from .network import DAGNetwork
+from .picture import draw_layers
 
 __all__ = [
     "DAG",
@@ -29,6 +30,7 @@ __all__ = [
     "add_bottlenecks",
     "conv1d",
     "densenet",
+    "draw_layers",
     "drop_edges",
     "fcn",
     "gradient_norm",
