@@ -245,7 +245,7 @@ def test_a_missing_data_set_is_named_and_the_way_to_it(tmp_path, registry, capsy
     registry(made_up(run=lambda setting, case, data: {"value": len(data.load("cifar10"))}))
     assert main(["reproduce", "fig-1.1", "--out", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert "cifar10" in err and "--data DIR" in err
+    assert "CIFAR-10" in err and "--data DIR" in err
 
 
 def test_interruption_says_how_to_go_on(tmp_path, registry, capsys):
