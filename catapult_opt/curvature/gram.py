@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import LossCall
-from ..replay import replay
+from ..replay import ForwardCall, replay
 from .operators import Scale, selected
 from .output_hessian import OutputHessian
 
@@ -38,20 +38,30 @@ def gram_lambda_max(
             one scalar per sample, several forward passes, or a rate that differs within a parameter.
     """
     call = _only(calls)
-    rates = _rates(params, scale)
-    f, layers = _run(model, call, {id(p) for p in params})
-    n = f.numel()
+    kernel = gram_kernel(model, params, call.forwards[0], scale)
     hessian = OutputHessian(call)
-    curvature = _per_sample(hessian, call, n)
+    root = _per_sample(hessian, call, len(kernel)).clamp_min(0).sqrt()
+    return float(torch.linalg.eigvalsh((root[:, None] * kernel * root).double())[-1]), hessian
+
+
+def gram_kernel(model: nn.Module, params: Sequence[Tensor], forward: ForwardCall, scale: Scale = None) -> Tensor:
+    """The NTK J J^T (n, n) of a forward pass, each parameter's share weighted by ``scale``.
+
+    Only inside `preserved`, and under the conditions of `gram_lambda_max`.
+
+    Raises:
+        NotLayerwise: as there.
+    """
+    rates = _rates(params, scale)
+    f, layers = _run(model, forward, {id(p) for p in params})
     wanted = [t for _, z, module in layers for t in (z, *_trained(module, rates))]
     gradients = iter(torch.autograd.grad(f.sum(), wanted))
-    kernel = f.new_zeros(n, n)
+    kernel = f.new_zeros(f.numel(), f.numel())
     for a, _, module in layers:
         b = next(gradients)
         pulled = {id(p): next(gradients) for p in _trained(module, rates)}
         kernel += _share(module, a, b, pulled, rates)
-    root = curvature.clamp_min(0).sqrt()
-    return float(torch.linalg.eigvalsh((root[:, None] * kernel * root).double())[-1]), hessian
+    return kernel
 
 
 def _only(calls: Sequence[LossCall]) -> LossCall:
@@ -70,7 +80,9 @@ def _trained(module: nn.Module, rates: dict[int, float]) -> list[Tensor]:
     return [p for p in module.parameters(recurse=False) if id(p) in rates]
 
 
-def _run(model: nn.Module, call: LossCall, wanted: set[int]) -> tuple[Tensor, list[tuple[Tensor, Tensor, nn.Module]]]:
+def _run(
+    model: nn.Module, forward: ForwardCall, wanted: set[int]
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, nn.Module]]]:
     """The outputs and, for every layer with trained parameters, its input and output."""
     seen: list[tuple[Tensor, Tensor, nn.Module]] = []
 
@@ -82,7 +94,7 @@ def _run(model: nn.Module, call: LossCall, wanted: set[int]) -> tuple[Tensor, li
     owners = [m for m in model.modules() if any(id(p) in wanted for p in m.parameters(recurse=False))]
     handles = [m.register_forward_hook(keep) for m in owners]
     try:
-        outputs = selected(replay(model, call.forwards[0]), call.forwards[0])
+        outputs = selected(replay(model, forward), forward)
     finally:
         for handle in handles:
             handle.remove()
