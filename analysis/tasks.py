@@ -1,4 +1,4 @@
-"""Synthetic regression tasks of the thesis: low-rank polynomials of Gaussian inputs, with their exact EGOP."""
+"""Synthetic regression tasks of the thesis: functions of Gaussian inputs, with their exact EGOP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["RegressionTask", "Split", "rank"]
+__all__ = ["RegressionTask", "Split", "full_rank", "rank"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,31 +99,70 @@ def rank(
     if k not in _POLYNOMIALS:
         raise ValueError(f"k must be one of {sorted(_POLYNOMIALS)}, got {k!r}")
     polynomial, variance, core = _POLYNOMIALS[k]
-    counts = {"n_train": (n_train, 1), "n_val": (n_val, 1), "n_test": (n_test, 1), "d": (d, len(core))}
-    for name, (value, least) in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least} for the rank-{k} task, got {value}")
-    if not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
-    if not (math.isfinite(noise) and noise >= 0):
-        raise ValueError(f"noise must be a finite standard deviation of at least 0, got {noise!r}")
-
     scale = math.sqrt(variance) if unit_variance else 1.0
 
     def target(x: Tensor) -> Tensor:
         return polynomial(x) / scale
 
+    train, val, test = _splits(f"rank-{k}", len(core), target, n_train, n_val, n_test, d, noise, seed)
+    egop = torch.zeros(d, d)
+    egop[: len(core), : len(core)] = torch.tensor(core) / scale**2
+    return RegressionTask(f"rank-{k}", target, noise, train, val, test, egop)
+
+
+def full_rank(
+    n_train: int = 128, n_val: int = 2000, n_test: int = 2000, d: int = 100, noise: float = 0.1, seed: int = 0
+) -> RegressionTask:
+    """The thesis' task without low-dimensional structure: x ~ N(0, I_d), targets |x| / sqrt(d) + N(0, noise^2).
+
+    Its gradient is x / (sqrt(d) |x|), a random direction of length 1/sqrt(d), so that the EGOP is I / d^2. The values
+    lie close to their mean, 1 - 1/(4 d), with variance 1/(2 d), less than that of the noise.
+
+    Args, returns, raises: as for `rank`.
+
+    Source: thesis Appendix C.4, Figure C.17.
+
+    >>> full_rank(n_train=8, d=2).egop
+    tensor([[0.2500, 0.0000],
+            [0.0000, 0.2500]])
+    """
+
+    def target(x: Tensor) -> Tensor:
+        return x.square().sum(dim=1, keepdim=True).div(d).sqrt()
+
+    train, val, test = _splits("full-rank", 1, target, n_train, n_val, n_test, d, noise, seed)
+    return RegressionTask("full-rank", target, noise, train, val, test, torch.eye(d) / d**2)
+
+
+def _splits(
+    name: str,
+    least_d: int,
+    target: Callable[[Tensor], Tensor],
+    n_train: int,
+    n_val: int,
+    n_test: int,
+    d: int,
+    noise: float,
+    seed: int,
+) -> tuple[Split, Split, Split]:
+    """Training, validation and test split of Gaussian inputs with noisy targets; checks all arguments."""
+    counts = {"n_train": (n_train, 1), "n_val": (n_val, 1), "n_test": (n_test, 1), "d": (d, least_d)}
+    for argument, (value, least) in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{argument} must be an integer, got {value!r}")
+        if value < least:
+            raise ValueError(f"{argument} must be at least {least} for the {name} task, got {value}")
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
+    if not (math.isfinite(noise) and noise >= 0):
+        raise ValueError(f"noise must be a finite standard deviation of at least 0, got {noise!r}")
     generator = torch.Generator().manual_seed(seed)
 
     def split(n: int) -> Split:
         inputs = torch.randn(n, d, generator=generator)
         return Split(inputs, target(inputs) + noise * torch.randn(n, 1, generator=generator))
 
-    egop = torch.zeros(d, d)
-    egop[: len(core), : len(core)] = torch.tensor(core) / scale**2
-    return RegressionTask(f"rank-{k}", target, noise, split(n_train), split(n_val), split(n_test), egop)
+    return split(n_train), split(n_val), split(n_test)
 
 
 def _rank2(x: Tensor) -> Tensor:

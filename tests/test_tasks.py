@@ -105,3 +105,23 @@ def test_bad_arguments_are_named(kwargs, error, message):
 
 def test_docstring_examples():
     assert doctest.testmod(tasks).failed == 0
+
+
+def test_full_rank_egop_and_moments_equal_monte_carlo():
+    task = tasks.full_rank(1, 1, 1, d=6)
+    x = torch.randn(400_000, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    g = gradients(task, x)
+    torch.testing.assert_close(g.T @ g / len(x), task.egop.double(), atol=2e-4, rtol=0)
+    assert torch.linalg.matrix_rank(task.egop) == 6
+    wide = tasks.full_rank(1, 1, 1, d=100).target(torch.randn(20_000, 100, generator=torch.Generator().manual_seed(2)))
+    assert float(wide.mean()) == pytest.approx(1 - 1 / 400, abs=2e-3)
+    assert float(wide.var()) == pytest.approx(1 / 200, rel=0.05)
+
+
+def test_full_rank_targets_and_noise():
+    task = tasks.full_rank(4000, 10, 20, d=9, noise=0.1, seed=3)
+    expected = (task.train.inputs.square().sum(1, keepdim=True) / 9).sqrt()
+    assert float((task.train.targets - expected).std()) == pytest.approx(0.1, rel=0.05)
+    assert (len(task.val), len(task.test)) == (10, 20)
+    with pytest.raises(ValueError, match="n_val must be at least 1 for the full-rank task, got 0"):
+        tasks.full_rank(n_val=0)
