@@ -32,6 +32,7 @@ from ..dag import (
     tangent_kernel,
     with_skips,
 )
+from ..datasets import standardized
 from .artefact import Artefact, Case, Data, Record, Result, Setting, Verdict, mean_sd
 from .scaling import TOLERANCE, Families, Family, draw_panels, generator, outcome, panel, scaling, scaling_cases, slope
 
@@ -189,12 +190,10 @@ _FIGURE_2_2: Families = {
 
 def _run_figure_2_2(setting: Setting, case: Case, data: Data) -> Result:
     images = data.load("cifar10", classes=(0, 2))
-    (split,) = images.draw(setting["n"], seed=case["seed"])
-    inputs = split.inputs.flatten(1)
-    inputs = (inputs - inputs.mean()) / inputs.std()
+    (split,) = standardized(*images.draw(setting["n"], seed=case["seed"]))
     family = _FIGURE_2_2[case["family"]]
     net = family.network(setting, case)
-    change = _kernel_change(setting, net, inputs, split.targets)
+    change = _kernel_change(setting, net, split.inputs, split.targets)
     return {"width": family.width(net, case), "least_in_degree": net.dag.width, **change}
 
 
