@@ -25,7 +25,9 @@ class BaseUpdate:
     critical: Callable[[float], float]  # lambda_max of scale^(1/2) G scale^(1/2) -> critical rate
 
 
-def next_update(optimizer: Optimizer, *, scale: bool = True) -> BaseUpdate:
+def next_update(
+    optimizer: Optimizer, *, scale: bool = True, part: Callable[[Tensor], float] | None = None
+) -> BaseUpdate:
     """The update the optimizer is about to make with the gradients present.
 
     The preconditioner P of Adam, AdamW, RMSprop and Adagrad is the one this very step will use (the running averages
@@ -35,6 +37,7 @@ def next_update(optimizer: Optimizer, *, scale: bool = True) -> BaseUpdate:
     Args:
         optimizer: whose step is about to be made.
         scale: False where the scale is not needed: finding P takes about as long as the update.
+        part: the part of its group's rate that a parameter moves at; None: all of it.
 
     Raises:
         TypeError: not one of torch's SGD, Adam, AdamW, RMSprop, Adagrad.
@@ -43,7 +46,8 @@ def next_update(optimizer: Optimizer, *, scale: bool = True) -> BaseUpdate:
     groups = {id(g): g for g, _ in members}.values()
     rates = [float(g["lr"]) for g, _ in members]
     largest = max(rates)
-    relative = [r / largest if largest else 1.0 for r in rates]
+    parts = [1.0 if part is None else part(p) for _, p in members]
+    relative = [f * (r / largest if largest else 1.0) for r, f in zip(rates, parts, strict=True)]
     if _is_sgd(optimizer):
         rated: Scale = None if all(r == 1.0 for r in relative) else relative
         return BaseUpdate(largest, rated, lambda lam: min(_sgd(g, lam) for g in groups))

@@ -458,7 +458,8 @@ class CatapultMonitor:
                 "CatapultMonitor cannot watch a fused optimizer under a GradScaler, which unscales gradients where "
                 "nobody sees it: pass fused=False to the optimizer"
             )
-        update = next_update(optimizer, scale=self._session.capture.armed)
+        part = getattr(optimizer, "rate_part", None)  # of CatapultSGD
+        update = next_update(optimizer, scale=self._session.capture.armed, part=part)
         seen = self._session.observe(self._vector, update)
         if seen.vector is not None:
             self._vector = seen.vector

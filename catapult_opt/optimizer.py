@@ -209,6 +209,17 @@ class CatapultSGD(Optimizer):
         """What the policy is doing: "arm", "hot", "cool", "settle" ("start" before the first step)."""
         return None if self._machine is None else self._machine.phase
 
+    def rate_part(self, p: Tensor) -> float:
+        """The part of its group's effective_lr that a parameter moves at: below 1 for biases and other vectors.
+
+        An output bias adds a constant to the curvature that no catapult can lower, so that at the rate of the
+        matrices it would spoil each of them (`CatapultPolicy.vectors`). 1 without a controller, and for a model that
+        has no matrices at all.
+        """
+        if self._machine is None or self._session is None or p.ndim >= 2:
+            return 1.0
+        return self._machine.policy.vectors if any(q.ndim >= 2 for q in self._session.params) else 1.0
+
     def log_metrics(self, **values: float) -> None:
         """Log metrics at the present step, e.g. val_loss=0.3; names that start with `val` rank runs in the report."""
         if self._session is not None:
@@ -274,14 +285,14 @@ class CatapultSGD(Optimizer):
             if decision.restore:
                 self._restore()
             else:
-                self._update(decision.rate)
+                self._update(decision.rate, brake=decision.brake)
 
     def _decide(self) -> Decision:
         """Observe the step, ask the policy on measured ones, log, and keep the state where checkpoints see it."""
         session, machine = self._session, self._machine
         assert session is not None and machine is not None
         self._load()
-        update = next_update(self)
+        update = next_update(self, part=self.rate_part)
         seen = session.observe(self._start(), update, need_loss=machine.phase != "settle")
         self._prepare_state()
         if seen.loss is None:  # nothing new: as at the last measurement
@@ -308,39 +319,55 @@ class CatapultSGD(Optimizer):
         kept = [self.state.get(p, {}).get(_VECTOR) for p in self._session.params]
         return [torch.zeros_like(p) if v is None else v for p, v in zip(self._session.params, kept, strict=True)]
 
-    def _update(self, rate: float | None) -> None:
-        """torch's own SGD update at lr * rate (None: at lr)."""
+    def _update(self, rate: float | None, brake: bool = False) -> None:
+        """torch's own SGD update at lr * rate (None: at lr), from rest with brake."""
         for group in self.param_groups:
             params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-            momentum = group["momentum"]
-            buffers = [self.state[p].get("momentum_buffer") if momentum else None for p in params]
             lr = group["lr"]
-            if rate is not None:
-                lr = group["effective_lr"] = float(lr) * rate
-            sgd(
-                params,
-                [p.grad for p in params],  # type: ignore[misc]
-                buffers,
-                weight_decay=group["weight_decay"],
-                momentum=momentum,
-                lr=lr,
-                dampening=group["dampening"],
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-                has_sparse_grad=False,
-                foreach=group["foreach"],
-            )
-            if momentum:
-                for p, buffer in zip(params, buffers, strict=True):
-                    self.state[p]["momentum_buffer"] = buffer
+            if rate is None:
+                self._move(group, params, lr)
+                continue
+            lr = group["effective_lr"] = float(lr) * rate
+            if brake:
+                self._stop(params)
+            parts: dict[float, list[Tensor]] = {}
+            for p in params:
+                parts.setdefault(self.rate_part(p), []).append(p)
+            for part, members in parts.items():
+                self._move(group, members, lr * part)
+
+    def _move(self, group: dict[str, Any], params: list[Tensor], lr: float | Tensor) -> None:
+        momentum = group["momentum"]
+        buffers = [self.state[p].get("momentum_buffer") if momentum else None for p in params]
+        sgd(
+            params,
+            [p.grad for p in params],  # type: ignore[misc]
+            buffers,
+            weight_decay=group["weight_decay"],
+            momentum=momentum,
+            lr=lr,  # type: ignore[arg-type]
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            has_sparse_grad=False,
+            foreach=group["foreach"],
+        )
+        if momentum:
+            for p, buffer in zip(params, buffers, strict=True):
+                self.state[p]["momentum_buffer"] = buffer
+
+    def _stop(self, params: list[Tensor]) -> None:
+        """Momentum to zero."""
+        for p in params:
+            if self.state[p].get("momentum_buffer") is not None:
+                self.state[p]["momentum_buffer"].zero_()
 
     def _restore(self) -> None:
         """Back to the snapshot, at rest."""
         assert self._session is not None
         for p in self._session.params:
             p.copy_(self.state[p][_SNAPSHOT])
-            if self.state[p].get("momentum_buffer") is not None:
-                self.state[p]["momentum_buffer"].zero_()
+        self._stop(self._session.params)
 
     def _prepare_state(self) -> None:
         """Per-parameter tensors of the controller, all there from the first step: they shard with the parameter."""

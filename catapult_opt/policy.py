@@ -15,8 +15,6 @@ from typing import Any
 from .catapults import Event
 from .checks import check_whole_number
 
-# A loss this far below the first one is zero for every comparison: a fit to the last digit is no reference.
-_FLOOR = 1e-6
 # Stands for "no curvature at all", where 2 / lambda is infinite.
 _LARGEST_RATE = 1e30
 
@@ -25,7 +23,8 @@ _LARGEST_RATE = 1e30
 class CatapultPolicy:
     """Settings of the catapult controller; the defaults need no tuning.
 
-    Rates are in units of the critical rate eta_crit, losses in units of the loss at the start of the attempt.
+    Rates are in units of the critical rate eta_crit. The scale of the losses is the first one of the training: what a
+    spike does to the kernel goes by its height, whatever the training had come down to before it.
 
     Example:
         >>> CatapultPolicy(total_steps=500).kappa
@@ -33,24 +32,27 @@ class CatapultPolicy:
     """
 
     kappa: float = 2.0  # rate of an attempt: kappa * eta_crit
-    growth: float = 2.0  # an attempt raises the last rate at most by this factor
-    spike: float = 1.2  # a loss above this is a catapult under way
-    quench: float = 100.0  # a loss above this is cooled at once
-    fatal: float = 1e6  # a loss above this (or not finite) is undone: restore the snapshot
+    growth: float = 2.0  # an attempt raises the rate of the last attempt at most by this factor
+    spike: float = 1.2  # a loss above this times the lowest one of the attempt is a catapult under way
+    drop: float = 2.0  # it has paid, and is cooled, once eta_crit is this factor above that of the attempt,
+    ceiling: float = 100.0  # or gone far enough once the loss is above this times the first one
+    fatal: float = 1e6  # a loss above this times the first one (or not finite) is undone: restore the snapshot
+    vectors: float = 0.01  # rate of biases and other parameters below two dimensions, relative to that of the others
     cool: float = 0.8  # rate while cooling and settling: cool * eta_crit
     hot_steps: int = 10  # a catapult is held at the high rate at most this long
     arm_steps: int = 25  # an attempt without a spike is renewed after this long
     patience: int = 100  # a catapult not over after this long is given up, and the loss reached is the new start
     measure_armed: int = 5  # steps between measurements while waiting for a spike,
     measure_spiking: int = 2  # during one,
-    measure_settled: int = 50  # and after the last; a tenth of the steps averaged over if that is more
-    settle: float = 0.6  # with total_steps known: no catapults after this fraction of them
+    measure_settled: int = 50  # and at most after the last; a tenth of the steps averaged over if that is more
+    settle: float = 0.7  # with total_steps known: no catapults after this fraction of them
     total_steps: int | None = None  # length of the training, if known
     smoothing: int | None = None  # steps to average loss and curvature over; None: 1 for a repeated batch, else 50
 
     def __post_init__(self) -> None:
-        for name in ("kappa", "growth", "spike", "quench", "fatal"):
+        for name in ("kappa", "growth", "spike", "drop", "ceiling", "fatal"):
             _check(name, getattr(self, name), above=1.0)
+        _check("vectors", self.vectors, above=0.0, at_most=1.0)
         _check("cool", self.cool, above=0.0, at_most=1.0)
         _check("settle", self.settle, above=0.0, at_most=1.0)
         for name in (*_WHOLE, "total_steps", "smoothing"):
@@ -77,6 +79,7 @@ class Decision:
     phase: str  # "arm", "hot", "cool" or "settle"
     take_snapshot: bool = False  # of the weights before this update
     restore: bool = False  # put the snapshot back instead of updating
+    brake: bool = False  # set the momentum to zero before updating: it would carry the spike on
     events: tuple[Event, ...] = ()
     measure_in: int = 1  # steps until the next measurement is wanted
 
@@ -87,9 +90,12 @@ class _State:
 
     phase: str = "start"
     rate: float = 0.0  # held between measurements
+    attempt: float = math.inf  # rate of the last attempt,
+    armed: float = 0.0  # and eta_crit at its start
     kappa: float = 0.0
     low: float = math.inf  # the loss to come back to
     first: float = 0.0  # loss of the first step
+    interval: int = 1  # between measurements, once settled
     entered: int = 0  # step at which the phase was entered
     spiked: int = 0  # step at which the loss left `low`
     updates: int = 0  # that the mean loss ran over,
@@ -126,7 +132,14 @@ class Catapulter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._state = _State(**state)
 
-    def update(self, *, step: int, loss: float, eta_crit: float | None = None, smoothing: int = 1) -> Decision:
+    def update(
+        self,
+        *,
+        step: int,
+        loss: float,
+        eta_crit: float | None = None,
+        smoothing: int = 1,
+    ) -> Decision:
         """Decide on the rate of this step.
 
         Args:
@@ -138,39 +151,58 @@ class Catapulter:
         """
         s, p = self._state, self.policy
         s.first = s.first or loss
-        if s.phase != "start" and not loss <= p.fatal * max(s.low, _FLOOR * s.first):
+        if s.rate and not loss <= p.fatal * s.first:
             return self._undo(step, loss)
         h = p.smoothing or smoothing
+        too_high = loss > p.ceiling * s.first  # this very loss: a mean over many steps would see it too late
         loss, measured = self._averaged(loss, eta_crit, h), eta_crit is not None
         eta_crit = math.exp(-s.mean_log_curvature)
-        events: list[Event] = []
-        if p.total_steps is not None and step > p.settle * p.total_steps:
-            self._enter("settle", step)
+        over = p.total_steps is not None and step > p.settle * p.total_steps
         if s.phase == "arm":
             s.low = min(s.low, loss)
             if loss > p.spike * s.low:
                 self._enter("hot", step)
                 s.spiked = step
-        if s.phase == "hot" and (loss > p.quench * s.low or step - s.entered >= max(p.hot_steps, h // 2)):
-            self._enter("cool", step)
-        if s.phase in ("hot", "cool"):
-            events += self._recovery(step, loss, eta_crit, measured, h)
+        if s.phase == "hot":
+            paid = measured and loss > p.spike * s.low and eta_crit > p.drop * s.armed
+            if too_high or paid or over or step - s.entered >= max(p.hot_steps, h // 2):
+                self._enter("cool", step)
+        events = self._recovery(step, loss, eta_crit, measured, h) if s.phase in ("hot", "cool") else []
+        if over and s.phase in ("start", "arm"):  # a catapult under way is brought home first
+            self._enter("settle", step)
+            s.low = loss
         fresh = measured and (s.phase == "start" or (s.phase == "arm" and step - s.entered >= max(p.arm_steps, h)))
         if fresh:
             self._arm(step, loss, eta_crit)
         s.rate = self._rate(eta_crit)
         return Decision(
-            s.rate, s.phase, take_snapshot=fresh, events=tuple(events), measure_in=self._next(step, loss, h)
+            s.rate,
+            s.phase,
+            take_snapshot=fresh,
+            brake=s.phase == "cool" and s.entered == step,
+            events=tuple(events),
+            measure_in=self._next(step, loss, measured, h),
         )
 
-    def _next(self, step: int, loss: float, h: int) -> int:
+    def _next(self, step: int, loss: float, measured: bool, h: int) -> int:
         """Steps until the next measurement is wanted: at once where a decision waits for it, else now and then."""
         s, p = self._state, self.policy
-        waiting = s.phase == "start" or (s.phase == "hot" and loss <= s.low)
-        if waiting or (s.phase in ("cool", "settle") and s.entered == step):
+        if s.phase == "settle":
+            return self._next_settled(step, loss, measured, h)
+        waiting = s.phase == "start" or (s.phase == "hot" and (loss <= s.low or loss > s.first))
+        if waiting or (s.phase == "cool" and s.entered == step):
             return 1
-        interval = {"arm": p.measure_armed, "settle": p.measure_settled}.get(s.phase, p.measure_spiking)
-        return max(interval, h // 10)
+        return max(p.measure_armed if s.phase == "arm" else p.measure_spiking, h // 10)
+
+    def _next_settled(self, step: int, loss: float, measured: bool, h: int) -> int:
+        """1, 2, 4, ... steps on: right after a catapult eta_crit still falls, and at a stale one the loss would rise."""
+        s, p = self._state, self.policy
+        if s.entered == step or loss > p.spike * s.low:
+            s.interval = 1
+        elif measured:
+            s.interval = min(2 * s.interval, max(p.measure_settled, h // 10))
+        s.low = min(s.low, loss)
+        return s.interval
 
     def _averaged(self, loss: float, eta_crit: float | None, h: int) -> float:
         """Running means of the loss and of log(1 / eta_crit) over about h updates (full weight to the first ones)."""
@@ -191,8 +223,8 @@ class Catapulter:
     def _arm(self, step: int, loss: float, eta_crit: float) -> None:
         s, p = self._state, self.policy
         s.kappa = s.kappa or p.kappa
-        target = s.kappa * eta_crit
-        s.rate = min(target, p.growth * s.rate) if s.rate > 0 else target
+        s.armed, target = eta_crit, s.kappa * eta_crit
+        s.rate = s.attempt = min(target, p.growth * s.attempt)
         s.phase, s.entered, s.low = "arm", step, loss
 
     def _recovery(self, step: int, loss: float, eta_crit: float, measured: bool, h: int) -> list[Event]:
@@ -208,17 +240,16 @@ class Catapulter:
 
     def _rate(self, eta_crit: float) -> float:
         s, p = self._state, self.policy
-        if s.phase == "settle":
-            return p.cool * eta_crit
-        if s.phase == "cool":
-            return min(s.rate, p.cool * eta_crit)
+        if s.phase in ("cool", "settle"):
+            return min(s.attempt, p.cool * eta_crit)
         return min(s.rate, s.kappa * eta_crit)
 
     def _undo(self, step: int, loss: float) -> Decision:
         """Beyond recovery: put the snapshot back and try again, more gently."""
         s = self._state
         s.kappa = 1 + (s.kappa - 1) / 2
-        s.rate /= 4
-        s.phase, s.entered = "arm", step
-        s.updates, s.mean_loss = 1, s.low  # the averages start again from the snapshot's
+        s.rate = s.attempt = s.attempt / 4
+        s.phase, s.entered, s.low = "arm", step, math.inf
+        # The averages start again from the snapshot's.
+        s.updates, s.measured, s.mean_log_curvature = 0, 0, -math.log(s.armed)
         return Decision(s.rate, s.phase, restore=True, events=(("restore", {"loss": loss, "kappa": s.kappa}),))
