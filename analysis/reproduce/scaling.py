@@ -201,5 +201,6 @@ def panel(ax: Axes, records: list[Record], key: str) -> None:
         ax.errorbar(means[:, 0], means[:, 1], spread, marker="o", markersize=4, capsize=3, color=f"C{i}", label=label)
         if i == 0:
             ax.plot(means[:, 0], means[0, 1] * (means[:, 0] / means[0, 0]) ** -0.5, "k--", lw=1, label=r"$m^{-1/2}$")
-    ax.set(xscale="log", yscale="log", xlabel="width m", title=LABELS[key])
+    ax.set_xscale("log", base=2)
+    ax.set(yscale="log", xlabel="width m", title=LABELS[key])
     ax.legend(frameon=False, fontsize=8)
