@@ -416,7 +416,7 @@ def _layers(adjacency: Any) -> Integers:
         targets = outgoing[frontier].indices
         left -= np.bincount(targets, minlength=len(left)).astype(left.dtype)
         left[frontier] = -1  # placed
-        frontier, level = np.unique(targets[left[targets] == 0]), level + 1
+        frontier, level = np.flatnonzero(left == 0), level + 1
     if (left > 0).any():
         raise ValueError(f"edges must not form a cycle, got {_cycle(adjacency, left)}: remove one of these edges")
     return layer

@@ -188,6 +188,11 @@ _FIGURE_2_2: Families = {
 }
 
 
+def _figure_2_2_cases(setting: Setting) -> list[Case]:
+    cases = scaling_cases(_FIGURE_2_2, setting)
+    return [case for case in cases if case["family"] == _TO_FIRST or case["size"] <= setting["largest_to_all"]]
+
+
 def _run_figure_2_2(setting: Setting, case: Case, data: Data) -> Result:
     images = data.load("cifar10", classes=(0, 2))
     (split,) = standardized(*images.draw(setting["n"], seed=case["seed"]))
@@ -393,7 +398,9 @@ def _draw_bottlenecks(records: list[Record], figure: Figure) -> None:
 
 _SETTING: Setting = {"sizes": [32, 64, 128, 256, 512, 1024], "d": 100, "depth": 4, "tol": 0.01, "seeds": 5}
 _TRAINING: Setting = {"n": 10, "rate": 0.5, "target": 1e-3, "max_steps": 20_000, "measure_every": 20}
-_FULL_2_2: Setting = {**_TRAINING, "sizes": [2**i for i in range(1, 13)], "p": 0.5, "seeds": 5}
+_FIGURE_SETTING: Setting = {
+    **_TRAINING, "sizes": [2**i for i in range(1, 13)], "largest_to_all": 512, "p": 0.5, "seeds": 5,
+}  # fmt: skip
 
 ARTEFACTS = (
     Artefact(
@@ -420,11 +427,11 @@ ARTEFACTS = (
         "kernel is close to a multiple of 1/sqrt(m) for widths m from 2 to 2^12, and all of them converge.",
         printed="slope -1/2",
         scales={
-            "full": _FULL_2_2,
-            "recorded": _FULL_2_2,
-            "quick": {**_FULL_2_2, "sizes": [4, 16, 64, 256], "seeds": 2, "max_steps": 2000},
+            "full": {**_FIGURE_SETTING, "largest_to_all": 2**12},
+            "recorded": _FIGURE_SETTING,
+            "quick": {**_FIGURE_SETTING, "sizes": [4, 16, 64, 256], "seeds": 2, "max_steps": 2000},
         },
-        cases=partial(scaling_cases, _FIGURE_2_2),
+        cases=_figure_2_2_cases,
         run=_run_figure_2_2,
         judge=_judge_figure_2_2,
         draw=draw_panels,
