@@ -30,7 +30,7 @@ def test_a_whole_catapult_goes_through_arm_hot_cool_and_arms_again() -> None:
     assert phases == ["arm", "arm", "hot", "hot", "cool", "cool", "cool", "arm", "arm"]
 
 
-def test_quench_cools_at_once_below_the_edge() -> None:
+def test_above_the_ceiling_it_cools_at_once_below_the_edge() -> None:
     decisions = run([1.0, 2.0, 99.0, 101.0])
     assert [d.phase for d in decisions] == ["arm", "hot", "hot", "cool"]
     assert decisions[-1].rate == pytest.approx(0.8)
@@ -82,9 +82,40 @@ def test_a_catapult_that_does_not_return_is_given_up_and_the_next_is_gentler() -
 
 def test_settles_below_the_edge_when_the_length_is_known() -> None:
     decisions = run([1.0] * 100, total_steps=100)
-    assert {d.phase for d in decisions[60:]} == {"settle"}
-    assert all(d.rate == pytest.approx(0.8) for d in decisions[60:])
-    assert all(d.phase != "settle" for d in decisions[:60])
+    assert {d.phase for d in decisions[70:]} == {"settle"}
+    assert all(d.rate == pytest.approx(0.8) for d in decisions[70:])
+    assert all(d.phase != "settle" for d in decisions[:70])
+
+
+def test_a_catapult_under_way_is_brought_home_before_settling() -> None:
+    decisions = run([1.0] * 65 + [5.0] * 10 + [0.9] * 25, total_steps=100)
+    assert [d.phase for d in decisions[65:77]] == ["hot"] * 5 + ["cool"] * 5 + ["settle"] * 2
+
+
+def test_cools_once_the_critical_rate_has_doubled_within_the_spike() -> None:
+    decisions = run([1.0, 2.0, 9.0, 9.0, 9.0], [1.0, 1.0, 1.9, 2.1, 3.0])
+    assert [d.phase for d in decisions] == ["arm", "hot", "hot", "cool", "cool"]
+    assert [d.brake for d in decisions] == [False, False, False, True, False]
+    assert [d.rate for d in decisions] == pytest.approx([2.0, 2.0, 2.0, 0.8 * 2.1, 2.0])  # the attempt's at most
+
+
+def test_the_next_attempt_doubles_the_last_attempt_not_the_cooled_rate() -> None:
+    decisions = run([1.0, 200.0, 200.0, 0.9, 0.9], [1.0, 1.0, 0.1, 5.0, 5.0])
+    assert [d.rate for d in decisions] == pytest.approx([2.0, 0.8, 0.08, 4.0, 4.0])
+
+
+def test_once_settled_it_measures_after_1_2_4_steps_and_at_once_when_the_loss_rises() -> None:
+    machine = Catapulter(CatapultPolicy(total_steps=100))
+    due, asked = 1, []
+    for step in range(1, 200):
+        measured = step >= due or step <= 71
+        loss = 3.0 if step == 150 else 1.0
+        decision = machine.update(step=step, loss=loss, eta_crit=1.0 if measured else None)
+        if measured and step >= 71:
+            asked.append(step)
+        due = step + decision.measure_in if measured else min(due, step + decision.measure_in)
+    assert asked[:7] == [71, 72, 74, 78, 86, 102, 134]
+    assert 151 in asked
 
 
 def test_no_curvature_gives_a_finite_rate() -> None:
@@ -136,7 +167,9 @@ def test_state_round_trip_continues_alike(rows: list[tuple[float, float | None]]
     [
         ("kappa", 1.0),
         ("kappa", math.nan),
-        ("quench", -1.0),
+        ("ceiling", -1.0),
+        ("drop", 1.0),
+        ("vectors", 0.0),
         ("cool", 1.5),
         ("cool", 0.0),
         ("hot_steps", 0),
