@@ -55,6 +55,8 @@ def gram_kernel(model: nn.Module, params: Sequence[Tensor], forward: ForwardCall
     rates = _rates(params, scale)
     f, layers = _run(model, forward, {id(p) for p in params})
     wanted = [t for _, z, module in layers for t in (z, *_trained(module, rates))]
+    if not all(t.requires_grad for t in wanted):
+        raise NotLayerwise("a layer runs inside a transform of torch.func, which hides its outputs from autograd")
     gradients = iter(torch.autograd.grad(f.sum(), wanted))
     kernel = f.new_zeros(f.numel(), f.numel())
     for a, _, module in layers:
