@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from . import batch_sizes, linearity
+import re
+
+from . import batch_sizes, catapults, features, linearity, sgd
 from .artefact import Artefact, Verdict
 
 __all__ = ["ARTEFACTS", "Artefact", "Verdict"]
 
 # One module a group of artefacts that belong together.
-_MODULES = (linearity, batch_sizes)
+_MODULES = (
+    linearity,
+    batch_sizes,
+    catapults,
+    features,
+    sgd,
+)
 
-ARTEFACTS: tuple[Artefact, ...] = tuple(artefact for module in _MODULES for artefact in module.ARTEFACTS)
+
+def _place(artefact: Artefact) -> tuple[str, str, list[int]]:
+    """Chapters 2, 3, 4, then appendices A, B, C; figures before tables; by number."""
+    kind, _, number = artefact.name.partition("-")
+    chapter, *rest = number.split(".")
+    return chapter, kind, [int(n) for n in re.findall(r"\d+", ".".join(rest))]
+
+
+ARTEFACTS: tuple[Artefact, ...] = tuple(
+    sorted((artefact for module in _MODULES for artefact in module.ARTEFACTS), key=_place)
+)
 """All artefacts, in the order of the thesis."""

@@ -61,7 +61,7 @@ class Artefact:
     run: Callable[[Setting, Case, Data], Result]
     judge: Callable[[Setting, list[Record]], Verdict]
     draw: Callable[[list[Record], Figure], None]
-    shares: str = ""  # an artefact with the same scales and run, and at least these cases: its results serve both
+    shares: str = ""  # an artefact with the same scales and run: both keep their results in its folder
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z]+-[0-9a-z]+(\.[0-9]+)*", self.name):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
 
 import torch
@@ -15,7 +15,7 @@ from ..agop import agop, alignment
 from ..tasks import RegressionTask, Split
 from .artefact import Result
 
-__all__ = ["TARGET_LOSS", "batches", "mse", "train_sgd"]
+__all__ = ["TARGET_LOSS", "batches", "mse", "train", "train_sgd"]
 
 TARGET_LOSS = 1e-3  # the thesis stops here (Appendix C.6)
 
@@ -77,3 +77,55 @@ def batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Ten
 def mse(model: nn.Module, split: Split) -> float:
     """Mean squared error over a split."""
     return float(nn.functional.mse_loss(model(split.inputs), split.targets))
+
+
+def train(
+    model: nn.Module,
+    task: RegressionTask,
+    optimizer: torch.optim.Optimizer,
+    source: Iterator[Tensor],
+    *,
+    steps: int,
+    evaluate_every: int,
+    lrs: Sequence[float] | None = None,
+) -> Result:
+    """Any optimizer on the mean squared error; test loss and AGOP alignment are those at the best validation loss.
+
+    Args:
+        source: batches as indices, see `batches`.
+        lrs: the rate of every step, in place of the optimizer's own.
+
+    Ends after ``steps``, below `TARGET_LOSS`, or at a loss that is not finite.
+    """
+    criterion = nn.MSELoss()
+    best: Result = {"val_loss": math.inf, "test_loss": math.nan, "alignment": math.nan, "best_step": 0}
+    curves: dict[str, list[float]] = {"loss": [], "val_step": [], "val_loss": []}
+    for step in range(steps + 1):
+        if step % evaluate_every == 0 or step == steps:
+            val_loss = mse(model, task.val)
+            curves["val_step"].append(step)
+            curves["val_loss"].append(val_loss)
+            if val_loss < best["val_loss"]:
+                best = {"val_loss": val_loss, "best_step": step, "test_loss": mse(model, task.test)}
+                best["alignment"], best["agop"] = _features(model, task)
+            if step and not TARGET_LOSS <= mse(model, task.train) < math.inf:
+                break
+        if step == steps:
+            break
+        batch = next(source)
+        if lrs is not None:
+            optimizer.param_groups[0]["lr"] = lrs[step]
+        optimizer.zero_grad()
+        loss = criterion(model(task.train.inputs[batch]), task.train.targets[batch])
+        curves["loss"].append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+    block = best.pop("agop", torch.zeros(0, 0))[:10, :10]
+    final = mse(model, task.train)
+    return {**best, "steps": step, "train_loss": final, "curves": {**curves, "agop_block": block.tolist()}}
+
+
+def _features(model: nn.Module, task: RegressionTask) -> tuple[float, Tensor]:
+    """Alignment of the model's AGOP on the training inputs with the task's EGOP, and the AGOP."""
+    found = agop(model, task.train.inputs)
+    return (alignment(found, task.egop) if bool(found.any()) else 0.0), found

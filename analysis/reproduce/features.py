@@ -1,0 +1,534 @@
+"""Catapults, optimizers and feature learning: Figures 4.8, 4.10, 4.11, C.13 to C.17 and C.23, Table C.1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+
+from catapult_opt import critical_lr
+
+from .. import tasks
+from ..networks import ntk_mlp, scale_weights_
+from ..tasks import RegressionTask
+from .artefact import Artefact, Case, Data, Record, Result, Setting, Verdict, mean_sd
+from .catapults import graded
+from .tracing import episodes
+from .training import batches, train
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["ARTEFACTS"]
+
+_NEAR_ZERO = "near zero"
+
+
+def task_and_model(setting: Setting, name: str, seed: int) -> tuple[RegressionTask, nn.Module]:
+    """The task and its network: 2 layers for rank-2 and the full-rank task, 4 for rank-3 and rank-4."""
+    spec = setting["tasks"][name]
+    sizes = {"n_train": spec["n"], "n_val": setting["n_eval"], "n_test": setting["n_eval"], "d": setting["d"]}
+    task = tasks.full_rank(**sizes, seed=seed) if name == "full-rank" else tasks.rank(int(name[-1]), **sizes, seed=seed)
+    generator = torch.Generator().manual_seed(10_000 + seed)  # not the task's seed
+    return task, ntk_mlp(setting["d"], spec["width"], spec["depth"], generator=generator)
+
+
+def _pick(records: Sequence[Record], task: str) -> list[Record]:
+    return [record for record in records if record["case"]["task"] == task]
+
+
+def _names(records: Sequence[Record], key: str = "task") -> list[Any]:
+    return list(dict.fromkeys(record["case"][key] for record in records))
+
+
+# --------------------------------------------------------------------------------------------------- rates raised again
+
+
+def _schedule_cases(setting: Setting) -> list[Case]:
+    """For every task: gradient descent with the first 0, 1, ... of its increases, and from near zero if asked for."""
+    return [
+        {"task": name, "increases": increases, "seed": seed}
+        for name, spec in setting["tasks"].items()
+        for seed in range(setting["seeds"])
+        for increases in [*spec["increases"], *([_NEAR_ZERO] if "near_zero_lr" in spec else [])]
+    ]
+
+
+def _run_schedule(setting: Setting, case: Case, data: Data) -> Result:
+    spec = setting["tasks"][case["task"]]
+    task, model = task_and_model(setting, case["task"], case["seed"])
+    if case["increases"] == _NEAR_ZERO:
+        scale_weights_(model, 0.1)
+        lrs = [spec["near_zero_lr"]] * spec["near_zero_steps"]
+    else:
+        raised = [spec["lr"], *spec["rates"][: case["increases"]]]
+        at = spec["at"][: case["increases"]]
+        lrs = [raised[sum(t >= s for s in at)] for t in range(spec["steps"])]
+    optimizer = torch.optim.SGD(model.parameters(), lr=lrs[0])
+    source = batches(len(task.train), len(task.train), torch.Generator())
+    found = train(model, task, optimizer, source, steps=len(lrs), evaluate_every=setting["evaluate_every"], lrs=lrs)
+    losses = found["curves"]["loss"]
+    variance = float(task.test.targets.var())
+    return {**found, "catapults": len(episodes(losses, 0.2)), "variance": variance}
+
+
+def _by_increases(records: Sequence[Record], task: str, name: str) -> dict[Any, list[float]]:
+    chosen = _pick(records, task)
+    return {
+        increases: [r["result"][name] for r in chosen if r["case"]["increases"] == increases]
+        for increases in _names(chosen, "increases")
+    }
+
+
+def _judge_schedule(setting: Setting, records: list[Record]) -> Verdict:
+    passed, failures, texts = [], [], []
+    for task in _names(records):
+        loss, features, spikes = (_by_increases(records, task, key) for key in ("test_loss", "alignment", "catapults"))
+        steps = [increases for increases in loss if increases != _NEAR_ZERO]
+        means = [float(np.mean(loss[i])) for i in steps], [float(np.mean(features[i])) for i in steps]
+        order = [float(spearmanr(steps, mean).statistic) for mean in means]
+        ends = all(b < a for a, b in zip(loss[steps[0]], loss[steps[-1]], strict=True)) and all(
+            b > a for a, b in zip(features[steps[0]], features[steps[-1]], strict=True)
+        )
+        passed.append(ends and order[0] <= -0.7 and order[1] >= 0.7)
+        if not passed[-1]:
+            failures.append(f"{task}: more increases of the rate do not lower the test loss and raise the alignment.")
+        texts.append(
+            f"{task}: "
+            + "; ".join(
+                f"{i} increases ({mean_sd(spikes[i], 1)} catapults) test loss {mean_sd(loss[i])}, alignment "
+                f"{mean_sd(features[i])}"
+                for i in steps
+            )
+        )
+    return graded(passed, ". ".join(texts), failures)
+
+
+def _judge_near_zero(setting: Setting, records: list[Record]) -> Verdict:
+    passed, failures, texts = [], [], []
+    for task in _names(records):
+        loss, features = (_by_increases(records, task, key) for key in ("test_loss", "alignment"))
+        others = [increases for increases in loss if increases != _NEAR_ZERO]
+        if len(others) == len(loss):
+            continue
+        small = float(np.mean(loss[_NEAR_ZERO])), float(np.mean(features[_NEAR_ZERO]))
+        passed.append(
+            all(small[0] <= float(np.mean(loss[i])) and small[1] >= float(np.mean(features[i])) for i in others)
+        )
+        if not passed[-1]:
+            failures.append(f"{task}: near zero initialisation is not the best in both.")
+        last = others[-1]
+        texts.append(
+            f"{task}: near zero test loss {mean_sd(loss[_NEAR_ZERO])}, alignment {mean_sd(features[_NEAR_ZERO])}; "
+            f"{last} increases {mean_sd(loss[last])}, {mean_sd(features[last])}"
+        )
+    return graded(passed, "; ".join(texts), failures)
+
+
+def _judge_full_rank(setting: Setting, records: list[Record]) -> Verdict:
+    """Holds if no number of increases improves the test loss or the alignment by more than 5 % of its first value."""
+    loss, features, spikes = (
+        _by_increases(records, "full-rank", key) for key in ("test_loss", "alignment", "catapults")
+    )
+    first, *more = loss
+    better = [
+        float(np.mean(loss[i])) < 0.95 * float(np.mean(loss[first]))
+        or float(np.mean(features[i])) > 1.05 * float(np.mean(features[first]))
+        for i in more
+    ]
+    happened = any(float(np.mean(spikes[i])) >= 1 for i in more)
+    measured = "; ".join(
+        f"{i} increases ({mean_sd(spikes[i], 1)} catapults) test loss {mean_sd(loss[i], 4)}, alignment "
+        f"{mean_sd(features[i], 3)}"
+        for i in loss
+    )
+    if not happened:
+        return Verdict("fails", measured, "The increases of the rate make no catapult.")
+    if not any(better):
+        return Verdict("holds", measured)
+    return Verdict("fails" if all(better) else "holds in part", measured, "Some catapults improve it by more than 5 %.")
+
+
+def _judge_validation(setting: Setting, records: list[Record]) -> Verdict:
+    """Figure C.13: the validation loss falls below what it was before, after every catapult."""
+    passed, texts = [], []
+    for task in _names(records):
+        best = _by_increases(records, task, "val_loss")
+        steps = [i for i in best if i != _NEAR_ZERO]
+        order = float(spearmanr(steps, [float(np.mean(best[i])) for i in steps]).statistic)
+        passed.append(order <= -0.7)
+        texts.append(f"{task}: " + ", ".join(f"{mean_sd(best[i])} at {i}" for i in steps))
+    return graded(passed, "best validation loss by number of increases: " + "; ".join(texts), [])
+
+
+def _draw_schedule(records: list[Record], figure: Figure) -> None:
+    names = _names(records)
+    figure.set_size_inches(9, 3.2 * len(names))
+    for row, task in zip(figure.subplots(len(names), 3, squeeze=False), names, strict=True):
+        for ax, (key, label) in zip(row, (("test_loss", "test loss"), ("alignment", "AGOP alignment")), strict=False):
+            found = _by_increases(records, task, key)
+            positions = range(len(found))
+            spread = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in found.values()]
+            ax.errorbar(positions, [np.mean(v) for v in found.values()], spread, marker="o", capsize=3)
+            ax.set_xticks(positions, [str(i) for i in found])
+            ax.set(title=f"{task}: {label}", xlabel="increases of the rate")
+        last = max((r for r in _pick(records, task) if r["case"]["increases"] != _NEAR_ZERO), key=_increases)
+        row[2].semilogy(last["result"]["curves"]["loss"], linewidth=1)
+        row[2].set(title="training loss, all increases", xlabel="step")
+
+
+def _increases(record: Record) -> int:
+    return int(record["case"]["increases"])
+
+
+def _draw_agop(records: list[Record], figure: Figure) -> None:
+    """Top-left blocks of the AGOP, largest entry white, and the true one."""
+    chosen = [r for r in _pick(records, "rank-2") if r["case"]["seed"] == 0]
+    true = np.zeros((10, 10))
+    true[0, 0] = true[1, 1] = 1
+    blocks = [(str(r["case"]["increases"]), np.array(r["result"]["curves"]["agop_block"])) for r in chosen]
+    axes = figure.subplots(1, len(blocks) + 1)
+    for ax, (name, block) in zip(axes, [*blocks, ("true", true)], strict=True):
+        ax.imshow((block - block.min()) / max(np.ptp(block), 1e-12), cmap="gray")
+        ax.set(title=name, xticks=[], yticks=[])
+
+
+_TASKS: dict[str, dict[str, Any]] = {
+    "rank-2": {
+        "n": 2000, "width": 1024, "depth": 2, "lr": 2.0, "rates": [8, 16, 30, 50, 75, 80],
+        "at": [50, 150, 220, 280, 350, 400], "steps": 500, "increases": [0, 1, 2, 3, 4, 5, 6],
+        "near_zero_lr": 8.0, "near_zero_steps": 500,
+    },
+    "rank-3": {
+        "n": 1000, "width": 256, "depth": 4, "lr": 2.0, "rates": [40, 100, 150], "at": [20, 60, 80], "steps": 400,
+        "increases": [0, 1, 2, 3],
+    },
+}  # fmt: skip
+_RANK4: dict[str, Any] = {
+    "n": 1000, "width": 256, "depth": 4, "lr": 1.0, "rates": [15, 40, 60], "at": [50, 75, 110], "steps": 400,
+    "increases": [0, 1, 2, 3],
+}  # fmt: skip
+_FULL_RANK: dict[str, Any] = {
+    "n": 128, "width": 1024, "depth": 2, "lr": 6.0, "rates": [7, 12, 40, 80], "at": [30, 120, 180, 280], "steps": 400,
+    "increases": [0, 1, 2, 3, 4],
+}  # fmt: skip
+
+
+def _schedule_scales(chosen: dict[str, dict[str, Any]], fewer: dict[str, list[int]], seeds: int) -> dict[str, Setting]:
+    full: Setting = {"d": 100, "n_eval": 5000, "evaluate_every": 5, "seeds": 3, "tasks": chosen}
+    recorded = {name: {**spec, "increases": fewer.get(name, spec["increases"])} for name, spec in chosen.items()}
+    quick = {
+        name: {**spec, "n": min(spec["n"], 200), "width": 128, "increases": [0, len(spec["rates"])]}
+        for name, spec in chosen.items()
+    }
+    return {
+        "full": full,
+        "recorded": {**full, "n_eval": 2000, "evaluate_every": 10, "seeds": seeds, "tasks": recorded},
+        "quick": {**full, "n_eval": 500, "evaluate_every": 20, "seeds": 1, "tasks": quick},
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- optimizers
+
+_OPTIMIZERS: dict[str, Any] = {
+    "GD": torch.optim.SGD,
+    "SGD": torch.optim.SGD,
+    "SGD+M": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
+    "Adadelta": torch.optim.Adadelta,
+    "Adagrad": torch.optim.Adagrad,
+    "RMSprop": torch.optim.RMSprop,
+    "Adam": torch.optim.Adam,
+}
+# Table C.1.
+_LR = {
+    "rank-2": {"SGD": 2.0, "GD": 2.0, "SGD+M": 2.0, "Adadelta": 2.0, "Adagrad": 0.1, "RMSprop": 1e-2, "Adam": 1e-2},
+    "rank-3": {"SGD": 2.0, "GD": 2.0, "SGD+M": 2.0, "Adadelta": 2.0, "Adagrad": 1e-2, "RMSprop": 1e-2, "Adam": 1e-3},
+    "rank-4": {"SGD": 1.0, "GD": 1.0, "SGD+M": 1.0, "Adadelta": 1.0, "Adagrad": 5e-3, "RMSprop": 1e-3, "Adam": 1e-3},
+}
+
+
+def _optimizer_cases(setting: Setting) -> list[Case]:
+    return [
+        {"task": task, "optimizer": name, "seed": seed}
+        for task in setting["tasks"]
+        for seed in range(setting["seeds"])
+        for name in _OPTIMIZERS
+    ]
+
+
+def _run_optimizer(setting: Setting, case: Case, data: Data) -> Result:
+    task, model = task_and_model(setting, case["task"], case["seed"])
+    name = case["optimizer"]
+    optimizer = _OPTIMIZERS[name](model.parameters(), lr=_LR[case["task"]][name])
+    size = len(task.train) if name == "GD" else min(setting["batch_size"], len(task.train))
+    source = batches(len(task.train), size, torch.Generator().manual_seed(20_000 + case["seed"]))
+    steps = setting["gd_steps"] if name == "GD" else setting["steps"]
+    return train(model, task, optimizer, source, steps=steps, evaluate_every=setting["evaluate_every"])
+
+
+def _by_optimizer(records: Sequence[Record], task: str, key: str) -> dict[str, list[float]]:
+    chosen = _pick(records, task)
+    return {
+        name: [r["result"][key] for r in chosen if r["case"]["optimizer"] == name]
+        for name in _names(chosen, "optimizer")
+    }
+
+
+def _judge_correlation(setting: Setting, records: list[Record]) -> Verdict:
+    passed, failures, texts = [], [], []
+    for task in _names(records):
+        loss, features = _by_optimizer(records, task, "test_loss"), _by_optimizer(records, task, "alignment")
+        finite = [name for name in loss if np.isfinite(loss[name]).all() and np.isfinite(features[name]).all()]
+        a, b = ([float(np.mean(values[name])) for name in finite] for values in (features, loss))
+        r = float(np.corrcoef(a, b)[0, 1]) if len(finite) > 2 else math.nan
+        rank = float(spearmanr(a, b).statistic) if len(finite) > 2 else math.nan
+        passed.append(r <= -0.9 or rank <= -0.9)
+        if not passed[-1]:
+            failures.append(f"{task}: neither correlation is -0.9 or below.")
+        texts.append(
+            f"{task}: correlation {r:.2f}, of ranks {rank:.2f} over {len(finite)} optimizers ("
+            + ", ".join(f"{name} {mean_sd(loss[name])}/{mean_sd(features[name])}" for name in loss)
+            + ")"
+        )
+    return graded(passed, "; ".join(texts), failures)
+
+
+def _judge_trains(setting: Setting, records: list[Record]) -> Verdict:
+    passed, failures, texts = [], [], []
+    for task in _names(records):
+        loss = _by_optimizer(records, task, "train_loss")
+        for name, values in loss.items():
+            passed.append(bool(np.isfinite(values).all()) and max(values) < 0.1)
+            if not passed[-1]:
+                failures.append(f"{task}, {name}: training loss {max(values):.2g} after all steps.")
+        texts.append(f"{task}: " + ", ".join(f"{name} {mean_sd(values, 4)}" for name, values in loss.items()))
+    return graded(passed, "training loss at the end: " + "; ".join(texts), failures)
+
+
+def _draw_optimizers(records: list[Record], figure: Figure) -> None:
+    names = _names(records)
+    for ax, task in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        loss, features = _by_optimizer(records, task, "test_loss"), _by_optimizer(records, task, "alignment")
+        for name in loss:
+            ax.plot(features[name], loss[name], "o", label=name)
+        ax.set(title=task, xlabel="AGOP alignment", ylabel="test loss")
+        ax.legend(frameon=False, fontsize="small")
+
+
+_OPTIMIZER_FULL: Setting = {
+    "d": 100, "n_eval": 5000, "batch_size": 100, "steps": 20_000, "gd_steps": 20_000, "evaluate_every": 100, "seeds": 3,
+    "tasks": {
+        "rank-2": {"n": 2000, "width": 1024, "depth": 2},
+        "rank-3": {"n": 1000, "width": 256, "depth": 4},
+        "rank-4": {"n": 1000, "width": 256, "depth": 4},
+    },
+}  # fmt: skip
+_OPTIMIZER_SCALES: dict[str, Setting] = {
+    "full": _OPTIMIZER_FULL,
+    "recorded": {**_OPTIMIZER_FULL, "n_eval": 2000, "steps": 1500, "gd_steps": 300, "evaluate_every": 50, "seeds": 2},
+    "quick": {
+        **_OPTIMIZER_FULL, "n_eval": 500, "steps": 100, "gd_steps": 50, "evaluate_every": 25, "seeds": 1,
+        "tasks": {"rank-2": {"n": 300, "width": 128, "depth": 2}},
+    },
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- small rates
+
+
+def _rate_cases(setting: Setting) -> list[Case]:
+    return [
+        {"task": task, "below_critical": below, "batch_size": size, "seed": seed}
+        for task in setting["tasks"]
+        for below in setting["below_critical"]
+        for seed in range(setting["seeds"])
+        for size in setting["batch_sizes"]
+    ]
+
+
+def _run_rate(setting: Setting, case: Case, data: Data) -> Result:
+    task, model = task_and_model(setting, case["task"], case["seed"])
+    eta_crit = critical_lr(model, nn.MSELoss(), task.train.inputs, task.train.targets).eta_crit
+    optimizer = torch.optim.SGD(model.parameters(), lr=eta_crit / case["below_critical"])
+    source = batches(len(task.train), case["batch_size"], torch.Generator().manual_seed(20_000 + case["seed"]))
+    steps = round(setting["steps"] * case["below_critical"] / min(setting["below_critical"]))
+    evaluate_every = max(1, steps // setting["evaluations"])
+    found = train(model, task, optimizer, source, steps=steps, evaluate_every=evaluate_every)
+    return {**found, "lr": eta_crit / case["below_critical"]}
+
+
+def _spread(records: Sequence[Record], task: str, below: float, key: str) -> tuple[float, dict[int, list[float]]]:
+    """Largest less smallest mean over the batch sizes, and the values."""
+    chosen = [r for r in _pick(records, task) if r["case"]["below_critical"] == below]
+    found = {
+        size: [r["result"][key] for r in chosen if r["case"]["batch_size"] == size]
+        for size in _names(chosen, "batch_size")
+    }
+    means = [float(np.mean(values)) for values in found.values()]
+    return max(means) - min(means), found
+
+
+def _judge_rate(setting: Setting, records: list[Record]) -> Verdict:
+    passed, failures, texts = [], [], []
+    for task in _names(records):
+        spreads = {}
+        for below in sorted(_names(records, "below_critical")):
+            spreads[below], found = _spread(records, task, below, "test_loss")
+            values = ", ".join(f"{mean_sd(v)} at batch {size}" for size, v in found.items())
+            texts.append(f"{task} at critical/{below:g}: test loss {values}")
+        large, *_, small = spreads.values()
+        passed.append(small <= 0.25 * large)
+        if not passed[-1]:
+            failures.append(f"{task}: the spread at the small rate is {small:.2f}, at the large one {large:.2f}.")
+    return graded(passed, "; ".join(texts), failures)
+
+
+def _draw_rate(records: list[Record], figure: Figure) -> None:
+    names = _names(records)
+    for ax, task in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for below in _names(records, "below_critical"):
+            _, found = _spread(records, task, below, "test_loss")
+            spread = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in found.values()]
+            means = [np.mean(v) for v in found.values()]
+            ax.errorbar(range(len(found)), means, spread, marker="o", capsize=3, label=rf"$\eta_{{crit}}/{below:g}$")
+            ax.set_xticks(range(len(found)), [str(size) for size in found])
+        ax.set(title=task, xlabel="batch size", ylabel="test loss")
+        ax.legend(frameon=False)
+
+
+_RATE_FULL: Setting = {
+    "d": 100, "n_eval": 5000, "batch_sizes": [5, 10, 50, 100, 2000], "below_critical": [2, 40], "steps": 10_000,
+    "evaluations": 100, "seeds": 3,
+    "tasks": {
+        "rank-2": {"n": 2000, "width": 1024, "depth": 2},
+        "rank-3": {"n": 2000, "width": 256, "depth": 4},
+    },
+}  # fmt: skip
+_RATE_SCALES: dict[str, Setting] = {
+    "full": _RATE_FULL,
+    "recorded": {
+        **_RATE_FULL, "d": 40, "n_eval": 1000, "batch_sizes": [5, 50, 500], "steps": 400, "evaluations": 40, "seeds": 2,
+        "tasks": {"rank-2": {"n": 500, "width": 256, "depth": 2}},
+    },
+    "quick": {
+        **_RATE_FULL, "d": 20, "n_eval": 500, "batch_sizes": [5, 200], "steps": 50, "evaluations": 20, "seeds": 1,
+        "tasks": {"rank-2": {"n": 200, "width": 64, "depth": 2}},
+    },
+}  # fmt: skip
+
+_RAISED: dict[str, Any] = {"cases": _schedule_cases, "run": _run_schedule}
+_FIG48: dict[str, Any] = {
+    **_RAISED,
+    "scales": _schedule_scales(_TASKS, {"rank-2": [0, 2, 4, 6], "rank-3": [0, 1, 3]}, seeds=3),
+}
+
+ARTEFACTS = (
+    Artefact(
+        name="fig-4.8",
+        title="More catapults of gradient descent, lower test loss and better AGOP alignment, rank-2 and rank-3",
+        source="Figure 4.8 (a, b) and Appendix C.6",
+        claim="With every further catapult of gradient descent the test loss falls and the AGOP alignment rises.",
+        printed="",
+        judge=_judge_schedule,
+        draw=_draw_schedule,
+        **_FIG48,
+    ),
+    Artefact(
+        name="fig-4.10",
+        title="Batch size matters at a large rate, not at a small one",
+        source="Figure 4.10",
+        claim="At half the critical rate smaller batches have a lower test loss; at a fortieth of it the batch size "
+        "has little effect.",
+        printed="rates critical/2 and critical/40",
+        scales=_RATE_SCALES,
+        cases=_rate_cases,
+        run=_run_rate,
+        judge=_judge_rate,
+        draw=_draw_rate,
+    ),
+    Artefact(
+        name="fig-4.11",
+        title="Test loss against AGOP alignment over seven optimizers",
+        source="Figure 4.11 and Appendix C.6",
+        claim="Over optimizers, a better AGOP alignment goes with a lower test loss.",
+        printed="",
+        scales=_OPTIMIZER_SCALES,
+        cases=_optimizer_cases,
+        run=_run_optimizer,
+        judge=_judge_correlation,
+        draw=_draw_optimizers,
+    ),
+    Artefact(
+        name="table-c.1",
+        title="The learning rates of Figure 4.11 train the networks",
+        source="Table C.1",
+        claim="With the table's rates every optimizer fits the training set.",
+        printed="the rates",
+        scales=_OPTIMIZER_SCALES,
+        cases=_optimizer_cases,
+        run=_run_optimizer,
+        judge=_judge_trains,
+        draw=_draw_optimizers,
+        shares="fig-4.11",
+    ),
+    Artefact(
+        name="fig-c.13",
+        title="Best validation loss by number of catapults, rank-2 and rank-3",
+        source="Figure C.13 (a, b) (the setting of Figure 4.8)",
+        claim="The validation loss gets lower with every further catapult.",
+        printed="",
+        judge=_judge_validation,
+        draw=_draw_schedule,
+        shares="fig-4.8",
+        **_FIG48,
+    ),
+    Artefact(
+        name="fig-c.14",
+        title="Catapults against initialisation near zero, rank-2",
+        source="Figure C.14 (a)",
+        claim="Initialisation near zero (0.1 times the weights) has the lowest test loss and the best AGOP alignment.",
+        printed="",
+        judge=_judge_near_zero,
+        draw=_draw_schedule,
+        shares="fig-4.8",
+        **{**_FIG48, "cases": lambda setting: [c for c in _schedule_cases(setting) if c["task"] == "rank-2"]},
+    ),
+    Artefact(
+        name="fig-c.15",
+        title="The AGOP's first ten rows and columns by number of catapults, rank-2",
+        source="Figure C.15",
+        claim="The more catapults, the closer the AGOP is to the true one.",
+        printed="",
+        judge=_judge_schedule,
+        draw=_draw_agop,
+        shares="fig-4.8",
+        **{**_FIG48, "cases": lambda setting: [c for c in _schedule_cases(setting) if c["task"] == "rank-2"]},
+    ),
+    Artefact(
+        name="fig-c.16",
+        title="More catapults, lower test loss and better AGOP alignment, rank-4",
+        source="Figure C.16 (a) and Appendix C.6",
+        claim="With every further catapult of gradient descent the test loss falls and the AGOP alignment rises.",
+        printed="",
+        scales=_schedule_scales({"rank-4": _RANK4}, {}, seeds=3),
+        judge=_judge_schedule,
+        draw=_draw_schedule,
+        **_RAISED,
+    ),
+    Artefact(
+        name="fig-c.17",
+        title="No feature learning on a full-rank task",
+        source="Figure C.17 and Appendix C.6",
+        claim="For the target |x|/sqrt(d) catapults improve neither the test loss nor the AGOP alignment.",
+        printed="",
+        scales=_schedule_scales({"full-rank": _FULL_RANK}, {}, seeds=3),
+        judge=_judge_full_rank,
+        draw=_draw_schedule,
+        **_RAISED,
+    ),
+)

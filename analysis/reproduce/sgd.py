@@ -1,0 +1,465 @@
+"""Spikes of the training loss in SGD are catapults: Figures 4.5 to 4.7, C.1, C.8 to C.10, C.12 and C.22, Table 4.2.
+
+Rates are multiples of the critical rate of the whole training set, as in `catapults`. Where the thesis prints no
+critical rate (the shallow network, ViT) the multiple is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..networks import mlp
+from ..ntk import critical_rate, critical_rates, match_rate, ntk
+from ..tasks import Split
+from .artefact import Artefact, Case, Data, Record, Result, Setting, Verdict, mean_sd
+from .catapults import SCALED, cases, draw_traces, graded, labels, problem_of, values
+from .tracing import Trace, episodes, examples, network, rises, trace
+from .training import TARGET_LOSS, batches
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["ARTEFACTS"]
+
+_SPIKE = 0.1  # a rise of the training loss by this share, and back, is called a spike
+
+
+# ------------------------------------------------------------------------------------------------------- a traced run
+
+
+def _rates(problem: Setting, eta_crit: float) -> list[float]:
+    """A constant rate, or a triangle wave between two with the problem's period."""
+    if "low" not in problem:
+        return [problem["multiple"] * eta_crit] * problem["steps"]
+    half = problem["period"] / 2
+    phases = (1 - abs(t % problem["period"] - half) / half for t in range(problem["steps"]))
+    return [eta_crit * (problem["low"] + (problem["multiple"] - problem["low"]) * phase) for phase in phases]
+
+
+def _run(setting: Setting, case: Case, data: Data) -> Result:
+    problem = problem_of(setting, case)
+    (train,) = examples(problem, problem.get("n", setting["n"]), case["seed"], data)
+    options = {"parameterization": "torch"} if problem.get("parameterization") == "torch" else {}
+    model = network(problem, train, case["seed"], **options)
+    eta_crit = critical_rate(ntk(model, train.inputs), len(train))
+    found = trace(
+        model,
+        train,
+        _rates(problem, eta_crit),
+        top=problem["top"],
+        batch_size=problem.get("batch_size", setting["batch_size"]),
+        generator=torch.Generator().manual_seed(20_000 + case["seed"]),
+        target=TARGET_LOSS,
+    )
+    return {"eta_crit": eta_crit, **_in_numbers(found), "curves": found.curves}
+
+
+def _in_numbers(found: Trace) -> Result:
+    """How often the loss rises, whether the batch's critical rate was below the rate then, and where the rise lies."""
+    loss, norm = found.loss, found.norm
+    up = rises(loss)
+    spikes = episodes(loss, _SPIKE)
+    calm = [t for t in range(len(loss) - 1) if t not in up]
+    total = sum(loss[t + 1] - loss[t] for t in up)
+    above = [lr > rate for lr, rate in zip(found.lr, found.batch_rate, strict=True)]
+    middle = (max(found.lr) + min(found.lr)) / 2
+    return {
+        "steps": len(found.lr),
+        "final": loss[-1],
+        "diverged": found.diverged,
+        "rises": len(up),
+        "spikes": len(spikes),
+        "super_critical": sum(above),
+        "match": sum(above[t] for t in up) / len(up) if up else math.nan,
+        "above_without_rise": sum(above[t] for t in calm) / max(len(calm), 1),
+        "top_share": sum(found.top[t + 1] - found.top[t] for t in up) / total if up else math.nan,
+        "rest_rise": max(r / low for r, low in zip(found.rest, accumulate(found.rest, min), strict=True)) - 1,
+        "norm_falls": _share([norm[end] < norm[start] for start, end in spikes]),
+        "norm_falls_else": _share([norm[t + 1] < norm[t] for t in calm]),
+        "high_rate": _share([found.lr[start] >= middle for start, _ in spikes]),
+    }
+
+
+def _share(flags: Sequence[bool]) -> float:
+    return sum(flags) / len(flags) if flags else math.nan
+
+
+def _percent(numbers: Sequence[float]) -> str:
+    return mean_sd([100 * x for x in numbers], 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ verdicts
+
+
+def _judge_match(setting: Setting, records: list[Record]) -> Verdict:
+    means = {label: float(np.mean(values(records, label, "match"))) for label in labels(records)}
+    texts = [
+        f"{label}: {_percent(values(records, label, 'match'))} % of {sum(values(records, label, 'rises'))} rises"
+        for label in means
+    ]
+    failures = [f"{label}: below 90 %." for label, mean in means.items() if not mean >= 0.9]
+    return graded([mean >= 0.9 for mean in means.values()], "; ".join(texts), failures, SCALED)
+
+
+def _judge_shallow(setting: Setting, records: list[Record]) -> Verdict:
+    small, large = labels(records)
+    passed, failures = [], []
+    for record in records:
+        result, is_small = record["result"], record["case"]["problem"] == small
+        checks = (
+            {
+                "the small rate is above the critical rate of some batch": result["super_critical"] == 0,
+                "the loss rises at the small rate": result["rises"] == 0,
+            }
+            if is_small
+            else {
+                "no spikes at the large rate": result["spikes"] > 0,
+                "under 90 % of the rises are above critical": result["match"] >= 0.9,
+                "under 90 % of the rises lie in the top-5 eigenspace": result["top_share"] >= 0.9,
+            }
+        )
+        passed.append(all(checks.values()))
+        failures += [f"{text}." for text, ok in checks.items() if not ok]
+    measured = (
+        f"small rate: {mean_sd(values(records, small, 'rises'), 1)} rises in "
+        f"{mean_sd(values(records, small, 'steps'), 0)} steps, {sum(values(records, small, 'super_critical'))} steps "
+        f"above critical; large rate: {mean_sd(values(records, large, 'rises'), 0)} rises, "
+        f"{_percent(values(records, large, 'match'))} % above critical, "
+        f"{_percent(values(records, large, 'top_share'))} % of the rise in the top-5 eigenspace"
+    )
+    return graded(passed, measured, failures, SCALED)
+
+
+def _judge_catapults(setting: Setting, records: list[Record]) -> Verdict:
+    passed, failures, texts = [], [], []
+    for label in labels(records):
+        for result in (r["result"] for r in records if r["case"]["problem"] == label):
+            checks = {
+                "no spikes": result["spikes"] > 0,
+                "under 80 % of the rises lie in the top eigendirection": result["top_share"] >= 0.8,
+                "the kernel's norm is lower after under 80 % of the spikes": result["norm_falls"] >= 0.8,
+                "it falls as often at the other steps": result["norm_falls"] > result["norm_falls_else"],
+                "training diverges": not result["diverged"],
+            }
+            if "low" in problem_of(setting, {"problem": label}):
+                checks["under 80 % of the spikes come at the upper half of the rates"] = result["high_rate"] >= 0.8
+            passed.append(all(checks.values()))
+            failures += [f"{label}: {text}." for text, ok in checks.items() if not ok]
+        texts.append(
+            f"{label}: {mean_sd(values(records, label, 'spikes'), 0)} spikes, "
+            f"{_percent(values(records, label, 'top_share'))} % of the rises in the top direction, norm lower after "
+            f"{_percent(values(records, label, 'norm_falls'))} % of them, falling at "
+            f"{_percent(values(records, label, 'norm_falls_else'))} % of the other steps"
+        )
+    return graded(passed, "; ".join(texts), failures, SCALED)
+
+
+# -------------------------------------------------------------------------------------------------- Hessian and kernel
+
+
+def _run_hessian(setting: Setting, case: Case, data: Data) -> Result:
+    problem = problem_of(setting, case)
+    (train,) = examples(problem, setting["n"], case["seed"], data)
+    model = network(problem, train, case["seed"])
+    lr = problem["multiple"] * critical_rate(ntk(model, train.inputs), len(train))
+    criterion, optimizer = nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=lr)
+    generator = torch.Generator().manual_seed(20_000 + case["seed"])
+    pairs = []
+    for step, batch in enumerate(batches(len(train), setting["batch_size"], generator)):
+        x, y = train.inputs[batch], train.targets[batch]
+        loss = criterion(model(x), y)
+        if step >= problem["steps"] or not bool(loss.isfinite()):
+            break
+        if step % setting["measure_every"] == 0:
+            pairs.append(critical_rates(model, x, y))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    hessian, kernel = np.array(pairs).T
+    logs = np.log(hessian), np.log(kernel)
+    return {
+        "median_error": float(np.median(np.abs(kernel / hessian - 1))),
+        "correlation": float(np.corrcoef(*logs)[0, 1]),
+        "measurements": len(pairs),
+        "curves": {"hessian": hessian.tolist(), "kernel": kernel.tolist()},
+    }
+
+
+def _judge_hessian(setting: Setting, records: list[Record]) -> Verdict:
+    passed, failures, texts = [], [], []
+    for label in labels(records):
+        error, correlation = values(records, label, "median_error"), values(records, label, "correlation")
+        passed += [e <= 0.1 and c >= 0.9 for e, c in zip(error, correlation, strict=True)]
+        if not all(passed[-len(error) :]):
+            failures.append(f"{label}: over 10 % apart in the median, or correlation of the logarithms below 0.9.")
+        texts.append(
+            f"{label}: {_percent(error)} % apart in the median, correlation of the logarithms "
+            f"{mean_sd(correlation, 3)} over {sum(values(records, label, 'measurements'))} steps"
+        )
+    return graded(passed, "; ".join(texts), failures)
+
+
+def _draw_hessian(records: list[Record], figure: Figure) -> None:
+    for ax, label in zip(figure.subplots(1, len(labels(records)), squeeze=False)[0], labels(records), strict=True):
+        for curves in values(records, label, "curves"):
+            ax.loglog(curves["hessian"], curves["kernel"], ".", markersize=4)
+        low, high = ax.get_xlim()
+        ax.plot([low, high], [low, high], "k", linewidth=0.8)
+        ax.set(title=label, xlabel=r"$2/\lambda_{max}(H)$", ylabel=r"$b/\lambda_{max}(K)$")
+
+
+# ------------------------------------------------------------------------------------------- one example at a time
+
+
+def _run_one(setting: Setting, case: Case, data: Data) -> Result:
+    """Batch size 1 on the unit sphere, first layer trained, one example doubled; the rate is above critical for it."""
+    n, d, width = setting["n"], setting["d"], setting["width"]
+    generator = torch.Generator().manual_seed(case["seed"])
+    x = torch.randn(n, d, generator=generator)
+    x /= x.norm(dim=1, keepdim=True)
+    y = torch.ones(n, 1)
+    x[0] *= 2
+    y[0] *= 2
+    model = mlp(d, width, 2, generator=generator)
+    last = list(model.parameters())[-1]
+    last.requires_grad_(False)
+    each = ntk(model, x).diag()
+    special, others = float(1 / each[0]), float(1 / each[1:].max())
+    lr = special * (others / special) ** setting["between"]
+    order = torch.Generator().manual_seed(20_000 + case["seed"])
+    found = trace(model, Split(x, y), [lr] * setting["steps"], top=1, batch_size=1, generator=order)
+    up = {t for t in rises(found.loss) if found.loss[t + 1] > (1 + _SPIKE) * found.loss[t]}
+    # The rates change as the weights do, so what counts is each step's own.
+    above = {t for t, (rate, step) in enumerate(zip(found.batch_rate, found.lr, strict=True)) if step > rate}
+    return {
+        "special": special,
+        "others": others,
+        "lr": lr,
+        "above": len(above),
+        "rises": len(up),
+        "rises_above": _share([t in above for t in up]),
+        "above_rises": _share([t in up for t in above]),
+        "match": match_rate(found.loss, found.batch_rate, lr),
+        "curves": found.curves,
+    }
+
+
+def _judge_one(setting: Setting, records: list[Record]) -> Verdict:
+    results = [record["result"] for record in records]
+    exact = [r["rises_above"] == 1 and r["above_rises"] == 1 for r in results]
+    measured = (
+        f"{_percent([r['rises_above'] for r in results])} % of the rises by 10 % are steps above critical, "
+        f"{_percent([r['above_rises'] for r in results])} % of the steps above critical raise it; "
+        f"{sum(r['above'] for r in results)} such steps, {sum(r['rises'] for r in results)} rises"
+    )
+    if all(exact):
+        return Verdict("holds", measured)
+    near = all(r["rises_above"] >= 0.9 and r["above_rises"] >= 0.9 for r in results)
+    return Verdict("holds in part" if near else "fails", measured, "The match is not exact on every seed.")
+
+
+def _draw_one(records: list[Record], figure: Figure) -> None:
+    curves = records[0]["result"]["curves"]
+    loss, rates = figure.subplots(2, 1, sharex=True)
+    loss.semilogy(curves["loss"], linewidth=1)
+    for t, (rate, lr) in enumerate(zip(curves["batch_rate"], curves["lr"], strict=True)):
+        if lr > rate:
+            loss.axvline(t, color="tab:orange", alpha=0.5, linewidth=1)
+    loss.set_ylabel("training loss")
+    rates.semilogy(curves["batch_rate"], ".", markersize=3, label=r"$\eta_{crit}$ of the batch")
+    rates.semilogy(curves["lr"], "k", linewidth=1, label=r"$\eta$")
+    rates.set_xlabel("step")
+    rates.legend(frameon=False)
+
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+
+def _problem(label: str, net: str, dataset: str, multiple: float, **changes: Any) -> dict[str, Any]:
+    classes: dict[str, list[int]] = {"cifar10": [7, 9], "svhn": [0, 2]}
+    width = {"fcn-2": 1024, "fcn-4": 256, "fcn-5": 1024, "cnn-5": 512, "wrn-10": 10, "vit-4": 192}[net]
+    fixed = {"label": label, "network": net, "dataset": dataset, "classes": classes.get(dataset, [])}
+    return {**fixed, "width": width, "image_size": 32, "multiple": multiple, "steps": 1000, "top": 1, **changes}
+
+
+_SMALL: dict[str, dict[str, Any]] = {
+    "fcn-2": {"steps": 400},
+    "fcn-4": {"steps": 150, "n": 400},
+    "fcn-5": {"image_size": 16, "steps": 300},
+    "cnn-5": {"width": 64, "image_size": 8, "steps": 100},
+    "wrn-10": {"width": 1, "image_size": 8, "steps": 100},
+    "vit-4": {"width": 48, "image_size": 16, "steps": 100},
+}
+_TINY: dict[str, dict[str, Any]] = {
+    "fcn-2": {"width": 256, "image_size": 8, "steps": 60},
+    "fcn-4": {"width": 64, "steps": 30, "n": 100},
+    "fcn-5": {"width": 256, "image_size": 8, "steps": 40},
+    "cnn-5": {"width": 32, "image_size": 8, "steps": 20},
+    "wrn-10": {"width": 0.5, "image_size": 8, "steps": 15},
+    "vit-4": {"width": 24, "image_size": 8, "steps": 15},
+}
+
+
+def _scales(problems: list[dict[str, Any]], **more: Any) -> dict[str, Setting]:
+    full: Setting = {"n": 128, "batch_size": 32, "seeds": 3, **more, "problems": problems}
+
+    def changed(changes: dict[str, dict[str, Any]], **others: Any) -> Setting:
+        return {**full, **others, "problems": [{**p, **changes[p["network"]]} for p in problems]}
+
+    return {"full": full, "recorded": changed(_SMALL), "quick": changed(_TINY, seeds=1, n=64)}
+
+
+def _only(*chosen: str) -> Any:
+    return lambda setting: [case for case in cases(setting) if case["problem"] in chosen]
+
+
+_SHALLOW = "2-layer FCN, small rate", "2-layer FCN"
+_FCN, _CNN, _WRN, _VIT = "5-layer FCN", "5-layer CNN", "Wide ResNet 10", "ViT-4"
+_CIFAR = [
+    _problem(_SHALLOW[0], "fcn-2", "cifar10", 0.125, top=5),
+    _problem(_SHALLOW[1], "fcn-2", "cifar10", 1.0, top=5),
+    _problem(_FCN, "fcn-5", "cifar10", 1.67),
+    _problem(_CNN, "cnn-5", "cifar10", 1.78),
+    _problem(_WRN, "wrn-10", "cifar10", 2.0),
+    _problem(_VIT, "vit-4", "cifar10", 1.2),
+]
+_DEEP = [p for p in _CIFAR if p["label"] in (_FCN, _CNN, _WRN, _VIT)]
+_TRACED: dict[str, Any] = {"run": _run, "draw": draw_traces}
+_CIFAR_RUNS: dict[str, Any] = {**_TRACED, "scales": _scales(_CIFAR)}
+_CATAPULTS = (
+    "The spikes of SGD's training loss lie in the top eigendirection of the tangent kernel, and its norm falls at each."
+)
+
+ARTEFACTS = (
+    Artefact(
+        name="fig-4.5",
+        title="Batch size 1: the loss rises exactly when the example's critical rate is below the rate",
+        source="Figure 4.5 and Appendix C.6",
+        claim="With one example whose critical rate is below the rate, the loss of SGD at batch size 1 has spikes "
+        "exactly at the steps that take this example.",
+        printed="",
+        scales={
+            "full": {"n": 100, "d": 100, "width": 4096, "steps": 600, "between": 0.5, "seeds": 3},
+            "recorded": {"n": 100, "d": 100, "width": 2048, "steps": 300, "between": 0.5, "seeds": 3},
+            "quick": {"n": 100, "d": 100, "width": 512, "steps": 60, "between": 0.5, "seeds": 1},
+        },
+        cases=lambda setting: [{"seed": seed} for seed in range(setting["seeds"])],
+        run=_run_one,
+        judge=_judge_one,
+        draw=_draw_one,
+    ),
+    Artefact(
+        name="fig-4.6",
+        title="SGD below and above the critical rates of its batches, 2-layer FCN",
+        source="Figure 4.6 and Appendix C.6",
+        claim="Below every batch's critical rate the loss falls monotonically; above some, spikes appear where that of "
+        "the batch is exceeded, in the top-5 eigenspace of the tangent kernel.",
+        printed="rates 0.1 and 0.8",
+        cases=_only(*_SHALLOW),
+        judge=_judge_shallow,
+        shares="fig-4.7",
+        **_CIFAR_RUNS,
+    ),
+    Artefact(
+        name="fig-4.7",
+        title="Spikes of SGD in the top eigendirection: FCN, CNN, Wide ResNet, ViT on CIFAR-2",
+        source="Figure 4.7 and Appendix C.6",
+        claim=_CATAPULTS,
+        printed="rates 6, 8, 3 and 0.2",
+        cases=_only(_FCN, _CNN, _WRN, _VIT),
+        judge=_judge_catapults,
+        **_CIFAR_RUNS,
+    ),
+    Artefact(
+        name="table-4.2",
+        title="Match of rises of the loss with batches above their critical rate",
+        source="Table 4.2 and Appendix C.6",
+        claim="Nearly always when the training loss rises, the rate was above the critical rate of the step's batch.",
+        printed="2-layer FCN 97.32 ± 0.45 %, 5-layer FCN 96.17 ± 1.46 %, 5-layer CNN 94.67 ± 3.27 %",
+        cases=_only(_SHALLOW[1], _FCN, _CNN),
+        judge=_judge_match,
+        shares="fig-4.7",
+        **_CIFAR_RUNS,
+    ),
+    Artefact(
+        name="fig-c.1",
+        title="Critical rate from the Hessian against the one from the tangent kernel, SGD",
+        source="Figure C.1 and Appendix C.1",
+        claim="During SGD with catapults the critical rate b/|K| of the tangent kernel is close to 2/lambda_max of the "
+        "Hessian.",
+        printed="",
+        scales=_scales([p for p in _CIFAR if p["label"] in (_SHALLOW[1], _FCN, _CNN)], measure_every=5),
+        cases=cases,
+        run=_run_hessian,
+        judge=_judge_hessian,
+        draw=_draw_hessian,
+    ),
+    Artefact(
+        name="fig-c.8",
+        title="Spikes of SGD in the top eigendirection, whole training: Wide ResNet and ViT",
+        source="Figure C.8 (the setting of Figure 4.7)",
+        claim=_CATAPULTS,
+        printed="",
+        cases=_only(_WRN, _VIT),
+        judge=_judge_catapults,
+        shares="fig-4.7",
+        **_CIFAR_RUNS,
+    ),
+    Artefact(
+        name="fig-c.9",
+        title="Spikes of SGD with PyTorch's default parameterisation",
+        source="Figure C.9",
+        claim=_CATAPULTS,
+        printed="",
+        scales=_scales([{**p, "parameterization": "torch"} for p in _DEEP]),
+        cases=cases,
+        judge=_judge_catapults,
+        **_TRACED,
+    ),
+    Artefact(
+        name="fig-c.10",
+        title="Spikes of SGD in the top eigendirection, SVHN-2",
+        source="Figure C.10",
+        claim=_CATAPULTS,
+        printed="",
+        scales=_scales([{**p, "dataset": "svhn", "classes": [0, 2]} for p in _DEEP]),
+        cases=cases,
+        judge=_judge_catapults,
+        **_TRACED,
+    ),
+    Artefact(
+        name="fig-c.12",
+        title="Spikes of SGD with cyclical rates, Wide ResNet",
+        source="Figure C.12",
+        claim="With a cyclical rate the loss has spikes where the rate is raised; they lie in the top eigendirection "
+        "of the tangent kernel, and its norm falls.",
+        printed="",
+        scales=_scales([_problem(_WRN, "wrn-10", "cifar10", 3.0, low=0.5, period=40)]),
+        cases=cases,
+        judge=_judge_catapults,
+        **_TRACED,
+    ),
+    Artefact(
+        name="fig-c.22",
+        title="Spikes of SGD in the top eigendirection: rank-2 and rank-4 tasks at batch size 5",
+        source="Figure C.22",
+        claim=_CATAPULTS,
+        printed="",
+        scales=_scales(
+            [
+                _problem("rank-2", "fcn-2", "rank-2", 0.5, batch_size=5, n=2000),
+                _problem("rank-4", "fcn-4", "rank-4", 0.5, batch_size=5, n=2000),
+            ]
+        ),
+        cases=cases,
+        judge=_judge_catapults,
+        **_TRACED,
+    ),
+)
