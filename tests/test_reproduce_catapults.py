@@ -265,6 +265,18 @@ def test_small_rates_can_hold_and_fail():
     assert judge({}, records([(5, 0.3), (500, 0.9)])).outcome == "fails"
 
 
+def test_equal_validation_losses_at_the_rate_of_a_tenth():
+    def records(a, b):
+        return [
+            {"case": {"task": "rank-2", "batch_size": s, "seed": 0}, "result": {"val_loss": v}}
+            for s, v in ((5, a), (9, b))
+        ]
+
+    judge = KNOWN["fig-c.23"].judge
+    assert judge({}, records(0.70, 0.75)).outcome == "holds"
+    assert judge({}, records(0.5, 0.75)).outcome == "fails"
+
+
 # -------------------------------------------------------------------------------------------------------- real runs
 
 
@@ -285,6 +297,17 @@ def test_gradient_descent_has_a_catapult_on_the_synthetic_task():
     assert result["returned"]
     assert result["top_share"] > 0.9
     assert result["norm_ratio"] < 0.5
+
+
+def test_several_outputs_have_a_kernel_of_all_of_them():
+    x = torch.randn(6, 5, generator=seeded(1))
+    model = ntk_mlp(5, 32, 2, 3, generator=seeded())
+    found = trace(model, Split(x, torch.eye(3).repeat(2, 1)), [0.1, 0.1], top=3, batch_size=2, generator=seeded(2))
+    kernel = kernels.ntk(model, x)
+    assert kernel.shape == (18, 18)
+    assert found.rate[-1] == pytest.approx(6 / float(torch.linalg.eigvalsh(kernel)[-1]), rel=1e-4)
+    assert found.top[-1] + found.rest[-1] == pytest.approx(found.loss[-1], rel=1e-5)
+    assert all(math.isfinite(rate) and rate > 0 for rate in found.batch_rate)
 
 
 def test_training_takes_everything_at_the_best_validation_loss():

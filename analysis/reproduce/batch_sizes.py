@@ -1,4 +1,4 @@
-"""Smaller batches, more catapults, better features: Figure 4.9 and Table 4.1."""
+"""Smaller batches, more catapults, better features: Figures 4.9 and C.18 to C.21, Table 4.1."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from catapult_opt import critical_lr
 
 from .. import tasks
-from ..networks import ntk_mlp
+from ..networks import mlp
 from .artefact import Artefact, Case, Data, Record, Result, Setting, Verdict, mean_sd
 from .training import train_sgd
 
@@ -34,7 +34,8 @@ def _task(setting: Setting, name: str, seed: int) -> tuple[tasks.RegressionTask,
     # Not the task's seed: the same stream of normal numbers would make the first weights equal to the first inputs.
     generator = torch.Generator().manual_seed(10_000 + seed)
     width, depth = (setting["width"], 2) if k == 2 else (setting["deep_width"], 4)
-    return task, ntk_mlp(setting["d"], width, depth, generator=generator)
+    parameterization = setting.get("parameterization", "ntk")
+    return task, mlp(setting["d"], width, depth, parameterization=parameterization, generator=generator)
 
 
 def _cases(setting: Setting) -> list[Case]:
@@ -49,7 +50,10 @@ def _cases(setting: Setting) -> list[Case]:
 
 def _run(setting: Setting, case: Case, data: Data) -> Result:
     task, model = _task(setting, case["task"], case["seed"])
-    eta = critical_lr(model, nn.MSELoss(), task.train.inputs, task.train.targets).eta_crit / setting["below_critical"]
+    eta = setting.get("lr")
+    if eta is None:
+        eta_crit = critical_lr(model, nn.MSELoss(), task.train.inputs, task.train.targets).eta_crit
+        eta = eta_crit / setting["below_critical"]
     return train_sgd(
         model,
         task,
@@ -73,13 +77,18 @@ def rises(values: Sequence[float]) -> bool:
     return all(a < b for a, b in pairwise(values))
 
 
-def _orders(records: list[Record], task: str) -> tuple[bool, bool, str]:
-    """Is it better at every smaller batch on average, and at the smallest than at the largest on every seed?"""
+def _orders(records: list[Record], task: str, count: bool) -> tuple[bool, bool, str]:
+    """Is it better at every smaller batch on average, and at the smallest than at the largest on every seed?
+
+    ``count``: and are there never fewer super-critical steps, and more at the smallest than at the largest?
+    """
     loss, features, share = (by_batch(records, task, key) for key in ("test_loss", "alignment", "super_critical_share"))
     ordered = all(
-        rises([sign * float(np.mean(v)) for v in values.values()])
-        for sign, values in ((-1, loss), (1, features), (1, share))
+        rises([sign * float(np.mean(v)) for v in values.values()]) for sign, values in ((-1, loss), (1, features))
     )
+    if count:
+        shares = [float(np.mean(v)) for v in share.values()]
+        ordered = ordered and shares == sorted(shares) and shares[0] < shares[-1]
     large, small = max(loss), min(loss)
     ends = all(s < b for s, b in zip(loss[small], loss[large], strict=True)) and all(
         s > b for s, b in zip(features[small], features[large], strict=True)
@@ -93,14 +102,25 @@ def _orders(records: list[Record], task: str) -> tuple[bool, bool, str]:
 
 
 def _judge_figure(setting: Setting, records: list[Record]) -> Verdict:
-    found = {task: _orders(records, task) for task in setting["tasks"]}
+    found = {task: _orders(records, task, count=True) for task in setting["tasks"]}
     measured = ". ".join(text for _, _, text in found.values())
     return _verdict([ordered for ordered, _, _ in found.values()], [ends for _, ends, _ in found.values()], measured)
 
 
 def _judge_table(setting: Setting, records: list[Record]) -> Verdict:
-    ordered, ends, measured = _orders(records, "rank-2")
+    ordered, ends, measured = _orders(records, "rank-2", count=False)
     return _verdict([ordered], [ends], measured)
+
+
+def _judge_validation(setting: Setting, records: list[Record]) -> Verdict:
+    """Figures C.19 and C.20: the best validation loss is lower at every smaller batch."""
+    ordered, ends, texts = [], [], []
+    for task in dict.fromkeys(record["case"]["task"] for record in records):
+        loss = by_batch(records, task, "val_loss")
+        ordered.append(rises([-float(np.mean(v)) for v in loss.values()]))
+        ends.append(all(s < b for s, b in zip(loss[min(loss)], loss[max(loss)], strict=True)))
+        texts.append(f"{task}: " + ", ".join(f"{mean_sd(v)} at batch {size}" for size, v in loss.items()))
+    return _verdict(ordered, ends, "best validation loss " + "; ".join(texts))
 
 
 def _verdict(ordered: list[bool], ends: list[bool], measured: str) -> Verdict:
@@ -135,14 +155,27 @@ _FULL: dict[str, Any] = {
     "n_train": 2000, "n_eval": 5000, "below_critical": 2, "max_steps": 10_000, "evaluate_every": 100,
     "measure_every": 10, "seeds": 3,
 }  # fmt: skip
+_QUICK: dict[str, Any] = {
+    "batch_sizes": [5, 50, 500], "d": 40, "width": 256, "deep_width": 64, "n_train": 500, "n_eval": 1000,
+    "max_steps": 1000, "evaluate_every": 25,
+}  # fmt: skip
 _SCALES = {
     "full": _FULL,
     "recorded": _FULL,
-    "quick": {
-        **_FULL, "batch_sizes": [5, 50, 500], "d": 40, "width": 256, "deep_width": 64, "n_train": 500, "n_eval": 1000,
-        "max_steps": 1000, "evaluate_every": 25, "seeds": 1,
-    },
-}  # fmt: skip
+    "quick": {**_FULL, **_QUICK, "seeds": 1},
+}
+_TORCH_FULL: dict[str, Any] = {**_FULL, "parameterization": "torch", "lr": 0.01}
+_TORCH_SCALES: dict[str, Setting] = {
+    "full": _TORCH_FULL,
+    "recorded": {**_TORCH_FULL, "tasks": ["rank-2"], "batch_sizes": [5, 50, 2000], "n_eval": 2000, "seeds": 2},
+    "quick": {**_TORCH_FULL, **_QUICK, "seeds": 1},
+}
+_RANK4_FULL: dict[str, Any] = {**_FULL, "tasks": ["rank-4"]}
+_RANK4_SCALES: dict[str, Setting] = {
+    "full": _RANK4_FULL,
+    "recorded": {**_RANK4_FULL, "batch_sizes": [5, 50, 2000], "n_eval": 2000, "seeds": 2},
+    "quick": {**_RANK4_FULL, **_QUICK, "seeds": 1},
+}
 _CLAIM = (
     "With SGD at half the full batch's critical rate, a smaller batch goes above its own critical rate more often, "
     "and ends with a lower test loss and a better AGOP alignment."
@@ -173,5 +206,55 @@ ARTEFACTS = (
         judge=_judge_table,
         draw=_draw,
         shares="fig-4.9",
+    ),
+    Artefact(
+        name="fig-c.18",
+        title="Batch size with PyTorch's default parameterisation, rank-2 and rank-3",
+        source="Figure C.18 (a, b) and Appendix C.6",
+        claim=_CLAIM.replace("half the full batch's critical rate", "rate 0.01"),
+        printed="rate 0.01",
+        scales=_TORCH_SCALES,
+        cases=_cases,
+        run=_run,
+        judge=_judge_figure,
+        draw=_draw,
+    ),
+    Artefact(
+        name="fig-c.19",
+        title="Best validation loss by batch size, rank-2 and rank-3",
+        source="Figure C.19 (a, b) (the setting of Figure 4.9)",
+        claim="A smaller batch reaches a lower validation loss.",
+        printed="",
+        scales=_SCALES,
+        cases=_cases,
+        run=_run,
+        judge=_judge_validation,
+        draw=_draw,
+        shares="fig-4.9",
+    ),
+    Artefact(
+        name="fig-c.20",
+        title="Best validation loss by batch size with PyTorch's default parameterisation",
+        source="Figure C.20 (a, b) (the setting of Figure C.18)",
+        claim="A smaller batch reaches a lower validation loss.",
+        printed="",
+        scales=_TORCH_SCALES,
+        cases=_cases,
+        run=_run,
+        judge=_judge_validation,
+        draw=_draw,
+        shares="fig-c.18",
+    ),
+    Artefact(
+        name="fig-c.21",
+        title="Batch size against test loss, AGOP alignment and catapults, rank-4",
+        source="Figure C.21 (a) and Appendix C.6",
+        claim=_CLAIM,
+        printed="",
+        scales=_RANK4_SCALES,
+        cases=_cases,
+        run=_run,
+        judge=_judge_figure,
+        draw=_draw,
     ),
 )

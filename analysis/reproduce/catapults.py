@@ -184,6 +184,23 @@ _C4: Setting = {
 }  # fmt: skip
 
 
+_ALL = list(range(10))
+_C5: Setting = {
+    "n": 128, "seeds": 3,
+    "problems": [
+        _problem("fcn-5", "cifar10", 2.94, label="fcn-5 on CIFAR-10", classes=_ALL, top=50),
+        _problem("cnn-5", "cifar10", 5.0, label="cnn-5 on CIFAR-10", classes=_ALL, top=50),
+    ],
+}  # fmt: skip
+_FOUR: dict[str, Any] = {"classes": [0, 2, 7, 9], "top": 20, "image_size": 8}
+_C5_SCALES = _scaled(
+    _C5,
+    {"fcn-5": {**_FOUR, "width": 64, "steps": 8}, "cnn-5": {**_FOUR, "width": 16, "steps": 6}},
+    {"fcn-5": {**_FOUR, "width": 256, "steps": 25}, "cnn-5": {**_FOUR, "width": 64, "steps": 15}},
+)
+_C5_SCALES["recorded"] = {**_C5_SCALES["recorded"], "n": 64, "seeds": 2}
+
+
 # -------------------------------------------------------------------------------------------------------- many spikes
 
 
@@ -358,6 +375,17 @@ ARTEFACTS = (
         source="Figure C.4",
         printed="critical rates 1.9 (FCN) and 1.5 (WRN), rates 5 and 3",
         **{**_SPIKE, "scales": _scaled(_C4, _TINY, _SMALL)},
+    ),
+    Artefact(
+        name="fig-c.5",
+        title="A catapult in the top eigenspace with several outputs, CIFAR-10",
+        source="Figure C.5 and Appendix C.2",
+        printed="critical rates 34 (FCN) and 16 (CNN), rates 100 and 80",
+        **{
+            **_SPIKE,
+            "scales": _C5_SCALES,
+            "claim": "With k outputs the spike lies in the top-5k eigenspace of the kn x kn tangent kernel.",
+        },
     ),
     Artefact(
         name="fig-c.6",

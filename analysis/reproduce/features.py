@@ -362,6 +362,50 @@ def _run_rate(setting: Setting, case: Case, data: Data) -> Result:
     return {**found, "lr": eta_crit / case["below_critical"]}
 
 
+def _slow_cases(setting: Setting) -> list[Case]:
+    return [
+        {"task": task, "batch_size": size, "seed": seed}
+        for task in setting["tasks"]
+        for seed in range(setting["seeds"])
+        for size in setting["batch_sizes"]
+    ]
+
+
+def _run_slow(setting: Setting, case: Case, data: Data) -> Result:
+    task, model = task_and_model(setting, case["task"], case["seed"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=setting["lr"])
+    source = batches(len(task.train), case["batch_size"], torch.Generator().manual_seed(20_000 + case["seed"]))
+    evaluate_every = max(1, setting["steps"] // setting["evaluations"])
+    return train(model, task, optimizer, source, steps=setting["steps"], evaluate_every=evaluate_every)
+
+
+def _judge_slow(setting: Setting, records: list[Record]) -> Verdict:
+    """Holds if the means over the batch sizes lie within 10 % of each other."""
+    passed, texts = [], []
+    for task in _names(records):
+        chosen = _pick(records, task)
+        found = {
+            size: [r["result"]["val_loss"] for r in chosen if r["case"]["batch_size"] == size]
+            for size in _names(chosen, "batch_size")
+        }
+        means = [float(np.mean(values)) for values in found.values()]
+        passed.append(max(means) <= 1.1 * min(means))
+        texts.append(f"{task}: " + ", ".join(f"{mean_sd(v)} at batch {size}" for size, v in found.items()))
+    failures = [] if all(passed) else ["The best validation losses are more than 10 % apart."]
+    return graded(passed, "best validation loss " + "; ".join(texts), failures)
+
+
+def _draw_slow(records: list[Record], figure: Figure) -> None:
+    names = _names(records)
+    for ax, task in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for record in _pick(records, task):
+            if record["case"]["seed"] == 0:
+                curves = record["result"]["curves"]
+                ax.plot(curves["val_step"], curves["val_loss"], label=f"batch {record['case']['batch_size']}")
+        ax.set(title=task, xlabel="step", ylabel="validation loss", yscale="log")
+        ax.legend(frameon=False)
+
+
 def _spread(records: Sequence[Record], task: str, below: float, key: str) -> tuple[float, dict[int, list[float]]]:
     """Largest less smallest mean over the batch sizes, and the values."""
     chosen = [r for r in _pick(records, task) if r["case"]["below_critical"] == below]
@@ -421,10 +465,20 @@ _RATE_SCALES: dict[str, Setting] = {
     },
 }  # fmt: skip
 
+# Figure C.23: the rate 0.1 itself.
+_SLOW_FULL: Setting = {**{key: v for key, v in _RATE_FULL.items() if key != "below_critical"}, "lr": 0.1}
+_SLOW_SCALES: dict[str, Setting] = {
+    "full": {**_SLOW_FULL, "steps": 200_000},
+    **{
+        scale: {**{key: v for key, v in _RATE_SCALES[scale].items() if key != "below_critical"}, "lr": 0.1, "steps": n}
+        for scale, n in (("recorded", 10_000), ("quick", 1000))
+    },
+}
+
 _RAISED: dict[str, Any] = {"cases": _schedule_cases, "run": _run_schedule}
 _FIG48: dict[str, Any] = {
     **_RAISED,
-    "scales": _schedule_scales(_TASKS, {"rank-2": [0, 2, 4, 6], "rank-3": [0, 1, 3]}, seeds=3),
+    "scales": _schedule_scales(_TASKS, {"rank-2": [0, 2, 4, 6], "rank-3": [0, 1, 3]}, seeds=2),
 }
 
 ARTEFACTS = (
@@ -515,7 +569,7 @@ ARTEFACTS = (
         source="Figure C.16 (a) and Appendix C.6",
         claim="With every further catapult of gradient descent the test loss falls and the AGOP alignment rises.",
         printed="",
-        scales=_schedule_scales({"rank-4": _RANK4}, {}, seeds=3),
+        scales=_schedule_scales({"rank-4": _RANK4}, {}, seeds=2),
         judge=_judge_schedule,
         draw=_draw_schedule,
         **_RAISED,
@@ -530,5 +584,17 @@ ARTEFACTS = (
         judge=_judge_full_rank,
         draw=_draw_schedule,
         **_RAISED,
+    ),
+    Artefact(
+        name="fig-c.23",
+        title="At the rate 0.1 the batch size does not matter",
+        source="Figure C.23",
+        claim="With the small rate 0.1 all batch sizes reach about the same validation loss.",
+        printed="rate 0.1",
+        scales=_SLOW_SCALES,
+        cases=_slow_cases,
+        run=_run_slow,
+        judge=_judge_slow,
+        draw=_draw_slow,
     ),
 )

@@ -1,4 +1,4 @@
-"""Spikes of the training loss in SGD are catapults: Figures 4.5 to 4.7, C.1, C.8 to C.10, C.12 and C.22, Table 4.2.
+"""Spikes of the training loss in SGD are catapults: Figures 4.5 to 4.7, C.1, C.8 to C.12 and C.22, Table 4.2.
 
 Rates are multiples of the critical rate of the whole training set, as in `catapults`. Where the thesis prints no
 critical rate (the shallow network, ViT) the multiple is ours.
@@ -284,18 +284,19 @@ def _draw_one(records: list[Record], figure: Figure) -> None:
 
 def _problem(label: str, net: str, dataset: str, multiple: float, **changes: Any) -> dict[str, Any]:
     classes: dict[str, list[int]] = {"cifar10": [7, 9], "svhn": [0, 2]}
-    width = {"fcn-2": 1024, "fcn-4": 256, "fcn-5": 1024, "cnn-5": 512, "wrn-10": 10, "vit-4": 192}[net]
+    width = {"fcn-2": 1024, "fcn-4": 256, "fcn-5": 1024, "cnn-5": 512, "wrn-10": 10, "vit-4": 192, "myrtle-5": 256}[net]
     fixed = {"label": label, "network": net, "dataset": dataset, "classes": classes.get(dataset, [])}
     return {**fixed, "width": width, "image_size": 32, "multiple": multiple, "steps": 1000, "top": 1, **changes}
 
 
 _SMALL: dict[str, dict[str, Any]] = {
-    "fcn-2": {"steps": 400},
+    "fcn-2": {"image_size": 16, "steps": 200},
     "fcn-4": {"steps": 150, "n": 400},
-    "fcn-5": {"image_size": 16, "steps": 300},
-    "cnn-5": {"width": 64, "image_size": 8, "steps": 100},
-    "wrn-10": {"width": 1, "image_size": 8, "steps": 100},
-    "vit-4": {"width": 48, "image_size": 16, "steps": 100},
+    "fcn-5": {"image_size": 16, "steps": 200},
+    "cnn-5": {"width": 64, "image_size": 8, "steps": 80},
+    "wrn-10": {"width": 1, "image_size": 8, "steps": 60},
+    "vit-4": {"width": 48, "image_size": 16, "steps": 60},
+    "myrtle-5": {"width": 64, "image_size": 16, "steps": 40, "n": 64, "classes": [0, 2, 7, 9]},
 }
 _TINY: dict[str, dict[str, Any]] = {
     "fcn-2": {"width": 256, "image_size": 8, "steps": 60},
@@ -304,6 +305,7 @@ _TINY: dict[str, dict[str, Any]] = {
     "cnn-5": {"width": 32, "image_size": 8, "steps": 20},
     "wrn-10": {"width": 0.5, "image_size": 8, "steps": 15},
     "vit-4": {"width": 24, "image_size": 8, "steps": 15},
+    "myrtle-5": {"width": 16, "image_size": 8, "steps": 10, "n": 32, "classes": [0, 2, 7, 9]},
 }
 
 
@@ -314,6 +316,24 @@ def _scales(problems: list[dict[str, Any]], **more: Any) -> dict[str, Setting]:
         return {**full, **others, "problems": [{**p, **changes[p["network"]]} for p in problems]}
 
     return {"full": full, "recorded": changed(_SMALL), "quick": changed(_TINY, seeds=1, n=64)}
+
+
+def _large_scales() -> dict[str, Setting]:
+    """Figure C.11: n = 5,000 for the FCN and the CNN, several outputs for the Myrtle network."""
+    label = "Myrtle-5, CIFAR-10"
+    scales = _scales(
+        [
+            _problem("5-layer FCN, 5,000 examples", "fcn-5", "cifar10", 1.67, n=5000),
+            _problem("5-layer CNN, 5,000 examples", "cnn-5", "cifar10", 1.78, n=5000),
+            _problem(label, "myrtle-5", "cifar10", 1.67, classes=list(range(10))),
+        ]
+    )
+    fewer = {"recorded": 500, "quick": 100}
+    for scale, n in fewer.items():
+        problems = [p if p["label"] == label else {**p, "n": n, "steps": 40} for p in scales[scale]["problems"]]
+        scales[scale] = {**scales[scale], "problems": problems}
+    scales["recorded"] = {**scales["recorded"], "seeds": 1}
+    return scales
 
 
 def _only(*chosen: str) -> Any:
@@ -430,6 +450,17 @@ ARTEFACTS = (
         claim=_CATAPULTS,
         printed="",
         scales=_scales([{**p, "dataset": "svhn", "classes": [0, 2]} for p in _DEEP]),
+        cases=cases,
+        judge=_judge_catapults,
+        **_TRACED,
+    ),
+    Artefact(
+        name="fig-c.11",
+        title="Spikes of SGD in the top eigendirection: 5,000 examples, and ten classes",
+        source="Figure C.11",
+        claim=_CATAPULTS,
+        printed="",
+        scales=_large_scales(),
         cases=cases,
         judge=_judge_catapults,
         **_TRACED,
