@@ -59,6 +59,51 @@ class _Entry:
     late: Tensor | None = None
 
 
+class Clock:
+    """How long a training has run since its first step, and how much of that was spent measuring.
+
+    Args:
+        overhead: the share that measuring may take; None: no limit.
+
+    What quiet phases leave of the share is there for catapults, which want many measurements at once.
+    """
+
+    def __init__(self, overhead: float | None) -> None:
+        self._overhead = overhead
+        self._began: float | None = None
+        self._lap = 0.0
+        self.spent = 0.0  # seconds
+
+    @property
+    def elapsed(self) -> float:
+        return 0.0 if self._began is None else time.perf_counter() - self._began
+
+    @property
+    def affordable(self) -> bool:
+        return self._overhead is None or self.spent <= self._overhead * self.elapsed
+
+    def start(self) -> None:
+        """At the first step: the clock runs from here."""
+        if self._began is None:
+            self._began = time.perf_counter()
+
+    def spend(self, seconds: float) -> float:
+        self.spent += seconds
+        return seconds
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        before, self._lap = self._lap, self.elapsed
+        return self._lap - before
+
+
+def check_overhead(overhead: float | None) -> None:
+    if overhead is None:
+        return
+    if not isinstance(overhead, (int, float)) or isinstance(overhead, bool) or not 0 < overhead < math.inf:
+        raise ValueError(f"overhead must be a share of the running time above 0, such as 0.05, got {overhead!r}")
+
+
 class Session:
     """What all faces share around an update: observe the step, count, log.
 
@@ -67,9 +112,11 @@ class Session:
         optimizer: whose parameters are trained.
         model, criterion, outputs: see `CatapultSGD`.
         every: measure at least every so many steps; None: only when asked to (`record`).
+        overhead: share of the running time that measuring may take, see `CatapultSGD`; None: no limit.
         engine: how curvature is measured, see `CatapultSGD`.
         log: path of the run log, or None.
         settings: for the header of the log.
+        copies: of the parameters that the face keeps, for the log.
 
     Losses on an accelerator are read, which waits for it, on measured steps and where asked for; the others stay there
     until then and are counted and logged in order.
@@ -84,12 +131,15 @@ class Session:
         *,
         outputs: Callable[[Any], Any] | None,
         every: int | None,
+        overhead: float | None,
         engine: str,
         log: str | os.PathLike[str] | None,
         settings: dict[str, Any],
         grad_scaler: LossScaler | None,
+        copies: int,
     ) -> None:
         check_scaler(grad_scaler)
+        check_overhead(overhead)
         check_model(model, [p for group in optimizer.param_groups for p in group["params"]])
         if every is not None:
             check_whole_number("every", every)
@@ -111,6 +161,8 @@ class Session:
         self.engine = "" if engine == "auto" else engine  # decided on the first measured step
         self._events: list[Event] = []  # of the present step
         self._every = every
+        self._clock = Clock(overhead)
+        self._copies = copies
         self._outputs = outputs
         self._face, self._settings = face, settings
         self._writer = None if log is None else RunLogWriter(log)
@@ -120,6 +172,7 @@ class Session:
         self._repeated = False
         self._batch_size: int | None = None  # of the first step
         self._due: int | None = None  # step of the next measurement asked for
+        self._measured_at = 0  # step of the last measurement
         self._previous = ""  # fingerprint of the last measured batch
         params = functools.partial(_trainable, self._optimizer)
         self.capture = Capture(model, self.criterion, params, outputs, grad_scaler)
@@ -167,6 +220,7 @@ class Session:
         if self._counter.measured_steps == 0 and loss is not None and not math.isfinite(loss):
             raise MeasurementError(f"the first loss is {loss}: is there a NaN or inf in the batch or the weights?")
         self.step += 1
+        self._clock.start()
         found: CriticalLR | None = None
         vector: Vector | None = None
         begun = time.perf_counter()
@@ -176,7 +230,7 @@ class Session:
             if (loss is not None and math.isfinite(loss)) or self._counter.measured_steps == 0:
                 found, vector = self._measure(calls, start, update)
             self.last = found or self.last
-        seconds = time.perf_counter() - begun
+        seconds = self._clock.spend(time.perf_counter() - begun if self.capture.armed else 0.0)
         smoothing = 1 if self._repeated else _MINI_BATCH_SMOOTHING
         return Observation(loss, found, vector, seconds, smoothing, None if read else late)
 
@@ -187,8 +241,16 @@ class Session:
         phase: str = "watch",
         events: Sequence[Event] = (),
         measure_in: int | None = None,
+        averages: dict[str, float] | None = None,
     ) -> None:
-        """Count and log the step just decided; measure again in `measure_in` steps at the latest."""
+        """Count and log the step just decided; measure again in `measure_in` steps at the latest.
+
+        Args:
+            seen: what `observe` gave.
+            rate, phase, events: what was decided.
+            measure_in: steps until the next measurement is wanted.
+            averages: what the decision went by, where that is not the present value, for the log.
+        """
         record: dict[str, Any] = {"step": self.step, "loss": seen.loss, "effective_lr": rate}
         found = seen.critical
         events, self._events = [*self._events, *events], []
@@ -201,9 +263,14 @@ class Session:
                 "super_critical": is_super_critical(rate, found.eta_crit),
                 "phase": phase,
                 "probe_seconds": seen.seconds,
+                "elapsed": self._clock.lap(),
+                **(averages or {}),
             }
+            self._measured_at = self.step
             if found.ntk_lambda_max is not None:
                 record["ntk_lambda_max"] = found.ntk_lambda_max
+        elif self._measured_at:
+            record["age"] = self.step - self._measured_at  # steps since the critical rate in use was measured
         entry = _Entry(record, rate, found, seen.smoothing, events, seen.late)
         if seen.loss is None:
             self._waiting.append(entry)
@@ -217,8 +284,9 @@ class Session:
 
     def arm_next(self) -> None:
         upcoming = self.step + 1
-        wanted = self.step == 0 or (self._due is not None and upcoming >= self._due)
-        self.capture.arm(wanted or (self._every is not None and self.step % self._every == 0))
+        wanted = self._due is not None and upcoming >= self._due
+        wanted = wanted or (self._every is not None and self.step % self._every == 0)
+        self.capture.arm(self.step == 0 or (wanted and self._clock.affordable))
 
     def log_metrics(self, values: dict[str, float]) -> None:
         """Write metrics of the user's own at the present step."""
@@ -249,6 +317,7 @@ class Session:
             "batch": self._previous,
             "due": self._due,
             "batch_size": self._batch_size,
+            "measured_at": self._measured_at,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -262,6 +331,7 @@ class Session:
         self._previous = state["batch"]
         self._due = state["due"]
         self._batch_size = state["batch_size"]
+        self._measured_at = state["measured_at"]
         self.arm_next()
 
     def _measure(
@@ -314,6 +384,7 @@ class Session:
             "settings": self._settings,
             "batch_size": self._batch_size,
             "parameters": sum(p.numel() for p in self.params),
+            "extra_bytes": self._copies * sum(p.numel() * p.element_size() for p in self.params),
         }
         self._writer.start(header, resumed_at=self.step - 1 if self.step > 1 or self._rewound else None)
 
@@ -340,6 +411,8 @@ class CatapultMonitor:
         criterion: the loss module called in the loop; a plain function must be called through `monitor.criterion`;
             None where the model returns the loss.
         every: measure every so many steps.
+        overhead: share of the running time that measuring may take, such as 0.05: measurements beyond it are left out.
+            None: no limit, and every run measures on the same steps.
         engine: how curvature is measured, see `CatapultSGD`.
         log: path of the run log (JSON lines), or None.
         outputs: with criterion=None, picks the scalar loss from what the model returns.
@@ -366,6 +439,7 @@ class CatapultMonitor:
         model: nn.Module,
         criterion: Any,
         every: int = 1,
+        overhead: float | None = None,
         engine: str = "auto",
         log: str | os.PathLike[str] | None = None,
         outputs: Callable[[Any], Any] | None = None,
@@ -373,7 +447,8 @@ class CatapultMonitor:
     ) -> None:
         check_supported(optimizer)
         self._optimizer = optimizer
-        settings = {"every": every, "optimizer": type(optimizer).__name__, **_plain(optimizer.defaults)}
+        settings = {"every": every, "overhead": overhead, "optimizer": type(optimizer).__name__}
+        settings |= _plain(optimizer.defaults)
         self._session = Session(
             type(self).__name__,
             optimizer,
@@ -381,10 +456,12 @@ class CatapultMonitor:
             criterion,
             outputs=outputs,
             every=every,
+            overhead=overhead,
             engine=engine,
             log=log,
             settings=settings,
             grad_scaler=grad_scaler,
+            copies=1,
         )
         self._vector: Vector | None = None
         self._handle = optimizer.register_step_pre_hook(self._before_step)

@@ -46,6 +46,8 @@ class CatapultSGD(Optimizer):
         momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable: as for torch.optim.SGD.
         policy: a `CatapultPolicy`; None for the default. `CatapultPolicy(total_steps=...)` where the length is known.
         every: measure at least every so many steps; None: when the policy asks for it (1: every step, the dearest log).
+        overhead: share of the running time that measuring may take, such as 0.05; a measurement beyond it waits, and
+            the rate goes by the last one. None: no limit, and the same run measures on the same steps every time.
         engine: how curvature is measured: "finite-difference" (works on everything), "forward" or "double-backward"
             (exact where they work), "layerwise-gram" (linear layers, one scalar output); "auto": decided on step one.
         log: path of the run log for `catapult-opt report`, or None.
@@ -84,6 +86,7 @@ class CatapultSGD(Optimizer):
         fused: bool | None = None,
         policy: CatapultPolicy | None = None,
         every: int | None = None,
+        overhead: float | None = None,
         engine: str = "auto",
         log: str | os.PathLike[str] | None = None,
         outputs: Callable[[Any], Any] | None = None,
@@ -118,14 +121,15 @@ class CatapultSGD(Optimizer):
                 criterion=criterion,
                 policy=policy,
                 every=every,
+                overhead=overhead,
                 engine=engine,
                 log=log,
                 outputs=outputs,
                 grad_scaler=grad_scaler,
             )
-        elif any(x is not None for x in (criterion, policy, log, outputs, grad_scaler)):
+        elif any(x is not None for x in (criterion, policy, overhead, log, outputs, grad_scaler)):
             raise ValueError(
-                "criterion, policy, log, outputs and grad_scaler need a model: pass model=, or none of them"
+                "criterion, policy, overhead, log, outputs and grad_scaler need a model: pass model=, or none of them"
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -151,6 +155,7 @@ class CatapultSGD(Optimizer):
         criterion: Any,
         policy: CatapultPolicy | None = None,
         every: int | None = None,
+        overhead: float | None = None,
         engine: str = "auto",
         log: str | os.PathLike[str] | None = None,
         outputs: Callable[[Any], Any] | None = None,
@@ -160,7 +165,7 @@ class CatapultSGD(Optimizer):
         if policy is not None and not isinstance(policy, CatapultPolicy):
             raise TypeError(f"policy must be a CatapultPolicy, got {policy!r}")
         policy = policy or CatapultPolicy()
-        settings: dict[str, Any] = {"every": every, "policy": dataclasses.asdict(policy)}
+        settings: dict[str, Any] = {"every": every, "overhead": overhead, "policy": dataclasses.asdict(policy)}
         settings |= {k: float(v) if isinstance(v, Tensor) else v for k, v in self.defaults.items()}
         session = Session(
             type(self).__name__,
@@ -169,10 +174,12 @@ class CatapultSGD(Optimizer):
             criterion,
             outputs=outputs,
             every=every,
+            overhead=overhead,
             engine=engine,
             log=log,
             settings=settings,
             grad_scaler=grad_scaler,
+            copies=2,  # warm start and snapshot
         )
         self.detach()
         self._session, self._machine, self._written = session, Catapulter(policy), None
@@ -307,7 +314,11 @@ class CatapultSGD(Optimizer):
         if decision.take_snapshot:
             for p in session.params:
                 self.state[p][_SNAPSHOT].copy_(p)
-        session.record(seen, update.rate * decision.rate, decision.phase, decision.events, decision.measure_in)
+        averages = None
+        if seen.smoothing > 1:
+            averages = {"eta_crit_mean": machine.eta_crit, "log_lambda_sd": machine.spread}
+        rate = update.rate * decision.rate
+        session.record(seen, rate, decision.phase, decision.events, decision.measure_in, averages)
         self._store()
         return decision
 

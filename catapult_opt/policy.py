@@ -47,6 +47,7 @@ class CatapultPolicy:
     measure_settled: int = 50  # and at most after the last; a tenth of the steps averaged over if that is more
     settle: float = 0.7  # with total_steps known: no catapults after this fraction of them
     total_steps: int | None = None  # length of the training, if known
+    caution: float = 0.0  # act on the curvature this many standard deviations of its logarithm above the mean
     smoothing: int | None = None  # steps to average loss and curvature over; None: 1 for a repeated batch, else 50
 
     def __post_init__(self) -> None:
@@ -54,6 +55,8 @@ class CatapultPolicy:
             _check(name, getattr(self, name), above=1.0)
         _check("vectors", self.vectors, above=0.0, at_most=1.0)
         _check("cool", self.cool, above=0.0, at_most=1.0)
+        if not (isinstance(self.caution, (int, float)) and 0 <= self.caution < math.inf):
+            raise ValueError(f"caution must be a finite number >= 0, got {self.caution!r}")
         _check("settle", self.settle, above=0.0, at_most=1.0)
         for name in (*_WHOLE, "total_steps", "smoothing"):
             value = getattr(self, name)
@@ -102,6 +105,7 @@ class _State:
     measured: int = 0  # and the mean curvature
     mean_loss: float = 0.0
     mean_log_curvature: float = 0.0
+    var_log_curvature: float = 0.0
 
 
 class Catapulter:
@@ -120,6 +124,17 @@ class Catapulter:
     @property
     def phase(self) -> str:
         return self._state.phase
+
+    @property
+    def eta_crit(self) -> float:
+        """The critical rate acted on: that of the mean log curvature, plus `caution` times its spread."""
+        s = self._state
+        return math.exp(-s.mean_log_curvature - self.policy.caution * self.spread)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the log curvature over about the last `smoothing` measurements."""
+        return math.sqrt(self._state.var_log_curvature)
 
     @property
     def rate(self) -> float:
@@ -156,7 +171,7 @@ class Catapulter:
         h = p.smoothing or smoothing
         too_high = loss > p.ceiling * s.first  # this very loss: a mean over many steps would see it too late
         loss, measured = self._averaged(loss, eta_crit, h), eta_crit is not None
-        eta_crit = math.exp(-s.mean_log_curvature)
+        eta_crit = self.eta_crit
         over = p.total_steps is not None and step > p.settle * p.total_steps
         if s.phase == "arm":
             s.low = min(s.low, loss)
@@ -195,7 +210,7 @@ class Catapulter:
         return max(p.measure_armed if s.phase == "arm" else p.measure_spiking, h // 10)
 
     def _next_settled(self, step: int, loss: float, measured: bool, h: int) -> int:
-        """1, 2, 4, ... steps on: right after a catapult eta_crit still falls, and at a stale one the loss would rise."""
+        """1, 2, 4, ... steps on: right after a catapult eta_crit still falls, and a stale one would raise the loss."""
         s, p = self._state, self.policy
         if s.entered == step or loss > p.spike * s.low:
             s.interval = 1
@@ -213,7 +228,9 @@ class Catapulter:
         if eta_crit is not None:
             s.measured += 1
             weight = 1.0 / min(s.measured, h)
-            s.mean_log_curvature += weight * (-math.log(min(eta_crit, _LARGEST_RATE)) - s.mean_log_curvature)
+            off = -math.log(min(eta_crit, _LARGEST_RATE)) - s.mean_log_curvature
+            s.mean_log_curvature += weight * off
+            s.var_log_curvature = (1 - weight) * (s.var_log_curvature + weight * off**2)
         return s.mean_loss
 
     def _enter(self, phase: str, step: int) -> None:

@@ -57,6 +57,9 @@ class RunSummary:
     agop: float | None  # at best_step where logged there, else the last one
     agop_step: int | None
     probe_seconds: float  # spent measuring
+    probe_share: float | None  # of the running time, up to the last measurement
+    extra_bytes: int | None  # of memory kept between the steps
+    oldest: int  # steps: the greatest age of a critical rate in use
     dropped: tuple[str, ...]
 
 
@@ -68,6 +71,8 @@ def summarize(log: RunLog) -> RunSummary:
     match_loss, matches = _matches(log)
     lambdas = [record["lambda_max"] for record in log.measured if math.isfinite(record["lambda_max"])]
     test_metric, test_value = _test_metric(log, best_metric, best_step)
+    spent = sum(record.get("probe_seconds", 0.0) for record in log.measured)
+    elapsed = sum(record.get("elapsed", 0.0) for record in log.measured)  # each since the one before
     agop_step, agop = _agop(log, best_step)
     return RunSummary(
         name=log.name,
@@ -96,7 +101,10 @@ def summarize(log: RunLog) -> RunSummary:
         test_value=test_value,
         agop=agop,
         agop_step=agop_step,
-        probe_seconds=sum(record.get("probe_seconds", 0.0) for record in log.measured),
+        probe_seconds=spent,
+        probe_share=spent / elapsed if elapsed > 0 else None,
+        extra_bytes=log.header["extra_bytes"],
+        oldest=max((record.get("age", 0) for record in log.steps), default=0),
         dropped=tuple(log.dropped),
     )
 
@@ -461,6 +469,10 @@ def _details(summary: RunSummary, glyphs: _Glyphs) -> str:
     parts += [f"batch {summary.batch_size}"] if summary.batch_size is not None else []
     parts += [f"{summary.parameters:,} parameters"] if summary.parameters is not None else []
     parts += [f"{summary.steps:,} steps"]
+    if summary.probe_share is not None:
+        parts += [f"measuring {summary.probe_seconds:.2g} s, {summary.probe_share:.0%} of the time"]
+    parts += [f"{summary.extra_bytes / 1e6:.2g} MB extra"] if summary.extra_bytes else []
+    parts += [f"rates at most {_plural(summary.oldest, 'step')} old"] if summary.oldest else []
     return f" {glyphs.dot} ".join(part for part in parts if part)
 
 

@@ -207,6 +207,7 @@ def _checked_header(header: Record, path: Path) -> Record:
             "upgrade it with `pip install --upgrade catapult_opt`"
         )
     defaults: Record = {"name": path.stem, "face": "", "settings": {}, "batch_size": None, "parameters": None}
+    defaults["extra_bytes"] = None
     header = {**defaults, "libraries": {}, **{key: item for key, item in header.items() if item is not None}}
     for key, check in _HEADER_FIELDS.items():
         if header[key] is not None and not check(header[key]):
@@ -301,12 +302,13 @@ _HEADER_FIELDS: Final[dict[str, Callable[[Any], bool]]] = {
     "settings": _is_a(dict),
     "batch_size": _is_int,
     "parameters": _is_int,
+    "extra_bytes": _is_int,
     "libraries": _is_a(dict),
 }
 _STEP_FIELDS: Final[dict[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("loss", "effective_lr", "eta_crit", "lambda_max", "ntk_lambda_max"), _is_number),
-    **dict.fromkeys(("residual", "probe_seconds"), _is_number),
-    "matvecs": _is_int,
+    **dict.fromkeys(("residual", "probe_seconds", "elapsed", "eta_crit_mean", "log_lambda_sd"), _is_number),
+    **dict.fromkeys(("matvecs", "age"), _is_int),
     "super_critical": _is_a(bool),
     "phase": _is_a(str),
 }

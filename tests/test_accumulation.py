@@ -379,9 +379,7 @@ def two_heads() -> Run:
     run = Run()
     run.optimizer.detach()
     run.model = TwoHeads(run.model)
-    run.optimizer = CatapultSGD(
-        run.model.parameters(), model=run.model, criterion=run.criterion, policy=CatapultPolicy(smoothing=1), every=1
-    )
+    run.optimizer = CatapultSGD(run.model.parameters(), model=run.model, criterion=run.criterion, policy=ALIKE, every=1)
     return run
 
 

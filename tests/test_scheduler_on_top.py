@@ -100,7 +100,7 @@ def test_the_controller_never_writes_lr(make: Make, tensor: bool, groups: bool) 
 
 @every_scheduler
 def test_effective_lr_is_what_is_applied(make: Make) -> None:
-    """Weights move by -effective_lr times the gradient (or its running sum), biases by their part of it, that is all."""
+    """Weights move by -effective_lr times the gradient (or its running sum), biases by their part, that is all."""
     run = Run(0.8, groups=True)
     scheduler = make(run.optimizer)
     for _ in range(STEPS):
