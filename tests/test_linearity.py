@@ -1,5 +1,6 @@
 """Measures of linearity against explicit float64 Jacobians, dense Hessians and Taylor expansions."""
 
+import copy
 import math
 
 import numpy as np
@@ -194,11 +195,20 @@ def test_tensor_norm_of_two_outputs_by_scanning_all_directions():
 
 def test_hessian_norm_in_ball_is_the_largest_of_its_points():
     net, x = make(fcn([3, 8, 8, 1])), normal(1, 3)[0]
-    points = [hessian_norm(net, x).value]
-    points += [hessian_norm(net, x).value for _ in points_in_ball(net, 3.0, samples=5, seed=2)]
-    found = hessian_norm_in_ball(net, x, 3.0, samples=5, seed=2)
-    assert found.value == max(points) > points[0]
-    assert hessian_norm_in_ball(net, x, 0.0, samples=2).value == points[0]
+    centre = hessian_norm(net, x).value
+    points = [hessian_norm(net, x).value for _ in points_in_ball(net, 3.0, samples=5, seed=2)]
+    gradient = torch.autograd.grad(net(x[None]).sum(), list(net.parameters()))
+    length = math.sqrt(sum(float(g.square().sum()) for g in gradient))
+    ends = []
+    for sign in (1, -1):
+        other = copy.deepcopy(net)
+        for p, g in zip(other.parameters(), gradient, strict=True):
+            p.data += sign * 3.0 * g / length
+        ends.append(hessian_norm(other, x).value)
+    assert hessian_norm_in_ball(net, x, 3.0, samples=0).value == pytest.approx(max(centre, *ends))
+    assert hessian_norm_in_ball(net, x, 3.0, samples=5, seed=2).value == pytest.approx(max(centre, *ends, *points))
+    assert max(centre, *ends, *points) > centre
+    assert hessian_norm_in_ball(net, x, 0.0, samples=2).value == centre
     with pytest.raises(ValueError, match="radius must be a finite number of at least 0, got -1"):
         hessian_norm_in_ball(net, x, -1)
 

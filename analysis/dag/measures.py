@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import scipy.stats
@@ -152,21 +153,22 @@ def hessian_norm(
 def hessian_norm_in_ball(
     network: DAGNetwork, sample: Tensor, radius: float, *, samples: int = 8, seed: int = 0, **solver: float | int | None
 ) -> HessianNorm:
-    """The largest `hessian_norm` at the present weights w and at random points of the sphere of `radius` about them.
+    """The largest `hessian_norm` at the present weights w, at w +- R g and at random points of the sphere about w.
 
-    A lower estimate of the supremum over the ball: random directions are nearly orthogonal to the few that change the
-    Hessian most. Directions are uniform in the space of the weights that exist. The weights are put back bit for bit.
+    g is the unit gradient of the summed outputs, along which they change most. A lower estimate of the supremum over
+    the ball: random directions, uniform in the space of the weights that exist, are nearly orthogonal to the few that
+    change the Hessian most. The weights are put back bit for bit.
 
     Args:
         radius: R, Euclidean, at least 0.
-        samples: points besides the centre.
+        samples: random points, 0 or more.
         solver: `vertex`, `tol`, `max_matvecs` of `hessian_norm`.
 
     Source: thesis Theorem 2.3.6.
     """
     _at_least("radius", radius, 0.0)
     found = [hessian_norm(network, sample, **solver)]  # type: ignore[arg-type]
-    for _ in points_in_ball(network, radius, samples, seed):
+    for _ in chain(_along_gradient(network, sample, radius), points_in_ball(network, radius, samples, seed)):
         found.append(hessian_norm(network, sample, **solver))  # type: ignore[arg-type]
     converged = all(f.converged for f in found)
     return HessianNorm(max(f.value for f in found), sum(f.matvecs for f in found), converged)
@@ -184,6 +186,16 @@ def points_in_ball(network: DAGNetwork, radius: float, samples: int, seed: int =
     for _ in range(samples):
         direction = [layer.direction(generator) for layer in network.weight_layers]
         with _moved(network, scaled(direction, radius / float(norm(direction)))):
+            yield
+
+
+def _along_gradient(network: DAGNetwork, sample: Tensor, radius: float) -> Iterator[None]:
+    """Puts the weights at w + R g, then at w - R g, and back; nowhere if the outputs do not depend on them."""
+    with torch.inference_mode(False), torch.enable_grad():
+        gradient = _gradients(network(sample.detach().reshape(1, -1)).sum(), list(network.parameters()))
+    length = float(norm(gradient))
+    for sign in (1.0, -1.0) if length > 0 else ():
+        with _moved(network, scaled(gradient, sign * radius / length)):
             yield
 
 
