@@ -446,7 +446,7 @@ def test_picture_shows_every_vertex_and_edge():
     assert {name: len(marks[name]) for name in ("input", "hidden", "output")} == {"input": 3, "hidden": 10, "output": 2}
     assert marks["hidden"][:, 0].tolist() == dag.layer[3:13].tolist()
     assert [t.get_text() for t in right.texts] == [str(v) for v in range(15)]
-    assert [t.get_text() for t in right.get_xticklabels()] == ["layer 0", "layer 1", "layer 2", "layer 3"]
+    assert [t.get_text() for t in right.get_xticklabels()] == ["0", "1", "2", "3"]
     assert not draw_layers(fcn([3, 60, 1])).texts
     with pytest.raises(ValueError, match="at most 5000 edges to be drawn, got 10100"):
         draw_layers(fcn([100, 100, 1]))

@@ -82,18 +82,20 @@ def _positions(dag: DAG) -> npt.NDArray[np.float64]:
 def _arrow(ax: Axes, at: npt.NDArray[np.float64], u: int, v: int, span: int, **style: Any) -> None:
     from matplotlib.patches import FancyArrowPatch
 
-    bend = f"arc3,rad={0.0 if span <= 1 else 0.18}"
+    upper = at[u, 1] + at[v, 1] > at[:, 1].min() + at[:, 1].max()  # bend outwards, where there is room
+    bend = f"arc3,rad={0.0 if span <= 1 else -0.2 if upper else 0.2}"
     ends: dict[str, Any] = {"posA": tuple(at[u]), "posB": tuple(at[v]), "shrinkA": 6, "shrinkB": 6}
     ax.add_patch(FancyArrowPatch(**ends, arrowstyle="-|>", mutation_scale=7, connectionstyle=bend, **style))
 
 
 def _finish(ax: Axes, dag: DAG) -> Axes:
-    ax.set_xticks(range(dag.depth + 1), [f"layer {i}" for i in range(dag.depth + 1)])
+    ax.set_xticks(range(dag.depth + 1))
+    ax.set_xlabel("layer")
     ax.set_yticks([])
     ax.margins(0.12)
     for side in ("left", "right", "top", "bottom"):
         ax.spines[side].set_visible(False)
     ax.tick_params(length=0)
     ax.set_title(f"{dag.depth + 1} layers, width {dag.width}")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, frameon=False, markerscale=0.6)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False, markerscale=0.6)
     return ax
