@@ -153,7 +153,7 @@ def hessian_norm(
 def hessian_norm_in_ball(
     network: DAGNetwork, sample: Tensor, radius: float, *, samples: int = 8, seed: int = 0, **solver: float | int | None
 ) -> HessianNorm:
-    """The largest `hessian_norm` at the present weights w, at w +- R g and at random points of the sphere about w.
+    """The largest `hessian_norm` at the weights w, at w +- R g and w +- R/2 g, and at random points of the sphere.
 
     g is the unit gradient of the summed outputs, along which they change most. A lower estimate of the supremum over
     the ball: random directions, uniform in the space of the weights that exist, are nearly orthogonal to the few that
@@ -190,12 +190,12 @@ def points_in_ball(network: DAGNetwork, radius: float, samples: int, seed: int =
 
 
 def _along_gradient(network: DAGNetwork, sample: Tensor, radius: float) -> Iterator[None]:
-    """Puts the weights at w + R g, then at w - R g, and back; nowhere if the outputs do not depend on them."""
+    """Puts the weights at w + t g for t of R, R/2, -R/2, -R, and back; nowhere if g is zero."""
     with torch.inference_mode(False), torch.enable_grad():
         gradient = _gradients(network(sample.detach().reshape(1, -1)).sum(), list(network.parameters()))
     length = float(norm(gradient))
-    for sign in (1.0, -1.0) if length > 0 else ():
-        with _moved(network, scaled(gradient, sign * radius / length)):
+    for part in (1.0, 0.5, -0.5, -1.0) if length > 0 else ():
+        with _moved(network, scaled(gradient, part * radius / length)):
             yield
 
 

@@ -452,7 +452,7 @@ ARTEFACTS = (
         "theorem-2.3.6",
         {"FCN": Family(_fcn), "DenseNet without half its edges": Family(_dropped)},
         [_hessian, _hessian_in_ball],
-        {**_SETTING, "radius": 3.0, "points": 2},
+        {**_SETTING, "radius": 3.0, "points": 1},
         title="Hessian norm of the output against the width, at the first weights and in a ball",
         source="Theorem 2.3.6",
         claim="The spectral norm of the output's Hessian is O(1/sqrt(m)) up to logarithms, in a ball of fixed radius "
@@ -485,7 +485,7 @@ ARTEFACTS = (
             "tanh output": Family(_fcn, linear=False, output=torch.tanh),
         },
         [_hessian_in_ball],
-        {**_SETTING, "depth": 3, "radius": 3.0, "points": 0, "seeds": 10},
+        {**_SETTING, "depth": 3, "radius": 3.0, "points": 0, "seeds": 6},
         title="A non-linear activation on the output breaks transition to linearity",
         source="Section 2.3, 'Non-linear activation on output neurons'",
         claim="With a non-linear activation on the output the Hessian norm stays of order 1, whatever the width.",
@@ -564,10 +564,9 @@ ARTEFACTS = (
         {
             "narrow layer": Family(_narrow, linear=False, by_size=True),
             "narrow layer, all but two neurons after it widened": Family(_widened, by_size=True),
-            "two bottleneck neurons": Family(_two_bottlenecks, by_size=True),
         },
         [_hessian],
-        {**_SETTING, "seeds": 20},
+        {**_SETTING, "sizes": [32, 64, 128, 256, 512, 1024, 2048], "seeds": 15},
         title="A narrow layer breaks transition to linearity, edges past it bring it back",
         source="Appendix A.6",
         claim="A narrow hidden layer makes all neurons after it bottlenecks and breaks transition to linearity; edges "
