@@ -411,7 +411,7 @@ ARTEFACTS = (
         claim="The vertices of a directed acyclic graph fall into layers by their longest path from an input.",
         printed="",
         scales={
-            "full": {"vertices": 2000, "seeds": 50},
+            "full": {"vertices": 500, "seeds": 20},
             "recorded": {"vertices": 500, "seeds": 20},
             "quick": {"vertices": 100, "seeds": 5},
         },
@@ -428,7 +428,7 @@ ARTEFACTS = (
         "kernel is close to a multiple of 1/sqrt(m) for widths m from 2 to 2^12, and all of them converge.",
         printed="slope -1/2",
         scales={
-            "full": {**_FIGURE_SETTING, "largest_to_all": 2**12},
+            "full": _FIGURE_SETTING,
             "recorded": _FIGURE_SETTING,
             "quick": {**_FIGURE_SETTING, "sizes": [4, 16, 64, 256], "seeds": 2, "max_steps": 2000},
         },
@@ -508,7 +508,7 @@ ARTEFACTS = (
         claim="E|grad f_k(w_0)| is at least sqrt(min(1, min_j C^(1 + r + ... + r^(j-1)))) for homogeneous activations.",
         printed="",
         scales={
-            "full": {"draws": 5000, "seeds": 5},
+            "full": {"draws": 1000, "seeds": 3},
             "recorded": {"draws": 1000, "seeds": 3},
             "quick": {"draws": 200, "seeds": 1},
         },
