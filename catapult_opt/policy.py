@@ -42,9 +42,9 @@ class CatapultPolicy:
     hot_steps: int = 10  # a catapult is held at the high rate at most this long
     arm_steps: int = 25  # an attempt without a spike is renewed after this long
     patience: int = 100  # a catapult not over after this long is given up, and the loss reached is the new start
-    measure_armed: int = 5  # steps between measurements while waiting for a spike,
-    measure_spiking: int = 2  # during one,
-    measure_settled: int = 50  # and at most after the last; a tenth of the steps averaged over if that is more
+    measure_armed: int = 5  # steps between measurements while waiting for a spike (half of `smoothing`, if more),
+    measure_spiking: int = 2  # during one (a fifth of it),
+    measure_settled: int = 50  # and at most after the last
     settle: float = 0.7  # with total_steps known: no catapults after this fraction of them
     total_steps: int | None = None  # length of the training, if known
     caution: float = 0.0  # act on the curvature this many standard deviations of its logarithm above the mean
@@ -207,7 +207,7 @@ class Catapulter:
         waiting = s.phase == "start" or (s.phase == "hot" and (loss <= s.low or loss > s.first))
         if waiting or (s.phase == "cool" and s.entered == step):
             return 1
-        return max(p.measure_armed if s.phase == "arm" else p.measure_spiking, h // 10)
+        return max(p.measure_armed, h // 2) if s.phase == "arm" else max(p.measure_spiking, h // 5)
 
     def _next_settled(self, step: int, loss: float, measured: bool, h: int) -> int:
         """1, 2, 4, ... steps on: right after a catapult eta_crit still falls, and a stale one would raise the loss."""
@@ -215,7 +215,7 @@ class Catapulter:
         if s.entered == step or loss > p.spike * s.low:
             s.interval = 1
         elif measured:
-            s.interval = min(2 * s.interval, max(p.measure_settled, h // 10))
+            s.interval = min(2 * s.interval, max(p.measure_settled, h))
         s.low = min(s.low, loss)
         return s.interval
 

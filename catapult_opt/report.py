@@ -103,7 +103,7 @@ def summarize(log: RunLog) -> RunSummary:
         agop_step=agop_step,
         probe_seconds=spent,
         probe_share=spent / elapsed if elapsed > 0 else None,
-        extra_bytes=log.header["extra_bytes"],
+        extra_bytes=log.header.get("extra_bytes"),
         oldest=max((record.get("age", 0) for record in log.steps), default=0),
         dropped=tuple(log.dropped),
     )
