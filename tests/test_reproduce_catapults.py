@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from catapult_opt.analysis import ntk as kernels
 from catapult_opt.analysis.networks import ntk_mlp
 from catapult_opt.analysis.reproduce import ARTEFACTS, catapults, features, sgd
 from catapult_opt.analysis.reproduce.artefact import Data
+from catapult_opt.analysis.reproduce.real import real_task
 from catapult_opt.analysis.reproduce.tracing import Trace, episodes, rises, trace
 from catapult_opt.analysis.reproduce.training import batches, train
 from catapult_opt.analysis.tasks import Split, full_rank, rank
@@ -336,5 +338,27 @@ def test_quick_settings_of_the_schedules_run():
         for spec in setting["tasks"].values():
             spec["steps"], spec["width"] = 3, 16
         result = artefact.run(setting, artefact.cases(setting)[0], Data())
+        assert "test_error" not in result
         assert math.isfinite(result["test_loss"])
     assert isinstance(features.task_and_model(setting, "full-rank", 0)[0], type(full_rank(1, 1, 1)))
+
+
+def test_real_tasks_have_two_classes_and_the_features_of_a_reference(tmp_path):
+    # Two classes that differ in the brightness of the left half: the reference must look at it.
+    digits = np.repeat([0, 2], 60)
+    ink = np.random.default_rng(0).integers(-100, 100, (120, 16, 16))
+    ink[:, :, :8] += (400 * (digits - 1))[:, None, None]
+    np.savez(tmp_path / "usps.npz", x=ink.astype(np.int16), y=digits)
+    task = real_task("usps-2", 50, 30, 8, 60, 0, str(tmp_path), False)
+    assert task.train.inputs.shape == (50, 64)
+    assert set(task.test.targets.flatten().tolist()) == {-1.0, 1.0}
+    assert float((task.target(task.test.inputs).sign() == task.test.targets).float().mean()) > 0.9
+    diagonal = task.egop.diag().reshape(8, 8)
+    assert float(diagonal[:, :4].sum()) > 1.3 * float(diagonal[:, 4:].sum())
+    x = task.train.inputs.clone().requires_grad_()
+    gradients = torch.autograd.grad(task.target(x).sum(), x)[0]
+    torch.testing.assert_close(task.egop, gradients.T @ gradients / 50)
+    model = ntk_mlp(64, 32, 2, generator=seeded())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    found = train(model, task, optimizer, batches(50, 50, seeded()), steps=20, evaluate_every=10)
+    assert 0 <= found["test_error"] <= 0.5

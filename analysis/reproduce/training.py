@@ -108,6 +108,8 @@ def train(
             if val_loss < best["val_loss"]:
                 best = {"val_loss": val_loss, "best_step": step, "test_loss": mse(model, task.test)}
                 best["alignment"], best["agop"] = _features(model, task)
+                if bool((task.test.targets.abs() == 1).all()):  # two classes
+                    best["test_error"] = _error(model, task.test)
             if step and not TARGET_LOSS <= mse(model, task.train) < math.inf:
                 break
         if step == steps:
@@ -123,6 +125,12 @@ def train(
     block = best.pop("agop", torch.zeros(0, 0))[:10, :10]
     final = mse(model, task.train)
     return {**best, "steps": step, "train_loss": final, "curves": {**curves, "agop_block": block.tolist()}}
+
+
+@torch.no_grad()
+def _error(model: nn.Module, split: Split) -> float:
+    """Share of the examples on the wrong side."""
+    return float((model(split.inputs).sign() != split.targets).float().mean())
 
 
 def _features(model: nn.Module, task: RegressionTask) -> tuple[float, Tensor]:
