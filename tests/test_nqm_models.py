@@ -132,6 +132,8 @@ def test_closed_form_two_layer_nqm_is_the_quadratic_model():
     move(general)
     closed.load_state_dict({**general.module.state_dict(), "u0": net.u})
     torch.testing.assert_close(closed(x), general(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(closed.kernel(x), tangent_kernel(general, x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(net.kernel(x), tangent_kernel(net, x), rtol=1e-10, atol=1e-10)
     m, d = net.u.shape  # Eq. 3.10, term by term
     du, dv = closed.u - net.u, closed.v - net.v
     on, scale = (x @ net.u.T >= 0).double(), (m * d) ** -0.5

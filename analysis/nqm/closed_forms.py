@@ -41,6 +41,10 @@ class TwoLayerReLU(nn.Module):
         hidden = torch.relu(x @ self.u.T / math.sqrt(d))
         return (hidden @ self.v / math.sqrt(m)).unsqueeze(1)
 
+    def kernel(self, x: Tensor) -> Tensor:
+        """The tangent kernel (n, n), from the closed form of the gradients (Appendix B.1)."""
+        return _two_layer_kernel(x, x @ self.u.T > 0, self.u, self.v)
+
 
 class TwoLayerNQM(nn.Module):
     """The neural quadratic model of `TwoLayerReLU` about its present weights u0, v0, in closed form.
@@ -67,6 +71,17 @@ class TwoLayerNQM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         active = x @ self.u0.T >= 0
         return ((active * (x @ self.u.T)) @ self.v / math.sqrt(self.u.numel())).unsqueeze(1)
+
+    def kernel(self, x: Tensor) -> Tensor:
+        """The tangent kernel (n, n), from the closed form of the gradients (Appendix B.2)."""
+        return _two_layer_kernel(x, x @ self.u0.T >= 0, self.u, self.v)
+
+
+@torch.no_grad()
+def _two_layer_kernel(x: Tensor, active: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Rows of df/du_i are active_i v_i x / sqrt(m d), those of df/dv_i are active_i u_i^T x / sqrt(m d)."""
+    outer, inner = active * v, active * (x @ u.T)
+    return ((outer @ outer.T) * (x @ x.T) + inner @ inner.T) / u.numel()
 
 
 class GeneralQuadraticModel(nn.Module):

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import re
 
-from . import batch_sizes, catapults, features, linearity, sgd
+from . import (
+    batch_sizes,
+    catapults,
+    features,
+    linearity,
+    quadratic,
+    quadratic_features,
+    quadratic_test_loss,
+    quadratic_theorems,
+    sgd,
+)
 from .artefact import Artefact, Verdict
 
 __all__ = ["ARTEFACTS", "Artefact", "Verdict"]
@@ -12,6 +22,10 @@ __all__ = ["ARTEFACTS", "Artefact", "Verdict"]
 # One module a group of artefacts that belong together.
 _MODULES = (
     linearity,
+    quadratic,
+    quadratic_test_loss,
+    quadratic_theorems,
+    quadratic_features,
     batch_sizes,
     catapults,
     features,
