@@ -196,13 +196,14 @@ def test_hessian_and_one_example_can_hold_and_fail():
     outcomes = [judge({}, hessian(*pair)).outcome for pair in ((0.02, 0.99), (0.2, 0.99), (0.02, 0.5))]
     assert outcomes == ["holds", "fails", "fails"]
 
-    def one(rises_above, above_rises):
-        result = {"rises_above": rises_above, "above_rises": above_rises, "above": 3, "rises": 3}
+    def one(agree=1.0, above=3, spikes=2, spikes_above=2):
+        result = {"agree": agree, "above": above, "spikes": spikes, "spikes_above": spikes_above, "batch_rises": 3}
         return [{"case": {"seed": 0}, "result": result}]
 
     judge = KNOWN["fig-4.5"].judge
-    outcomes = [judge({}, one(*pair)).outcome for pair in ((1.0, 1.0), (0.95, 1.0), (0.5, 1.0), (math.nan, 0.0))]
-    assert outcomes == ["holds", "holds in part", "fails", "fails"]
+    assert judge({}, one()).outcome == "holds"
+    assert judge({}, one(agree=0.995)).outcome == judge({}, one(spikes=3)).outcome == "holds in part"
+    assert judge({}, one(agree=0.9)).outcome == judge({}, one(above=0)).outcome == "fails"
 
 
 def raised(losses, features_, catapults_=1, task="rank-2"):
@@ -284,10 +285,12 @@ def test_equal_validation_losses_at_the_rate_of_a_tenth():
 
 def test_one_example_above_critical_makes_the_spikes():
     """Figure 4.5, small: the one doubled example has a quarter of the others' critical rate."""
-    setting = {"n": 60, "d": 60, "width": 1024, "steps": 40, "between": 0.5}
+    setting = {"n": 60, "d": 60, "width": 1024, "steps": 150, "between": 0.5}
     result = sgd._run_one(setting, {"seed": 1}, Data())
     assert result["others"] / result["special"] == pytest.approx(4, rel=0.3)
     assert result["special"] < result["lr"] < result["others"]
+    assert result["above"] > 0
+    assert result["agree"] > 0.9
 
 
 def test_gradient_descent_has_a_catapult_on_the_synthetic_task():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from ..networks import mlp
-from ..ntk import critical_rate, critical_rates, match_rate, ntk
+from ..ntk import critical_rate, critical_rates, ntk
 from ..tasks import Split
 from .artefact import Artefact, Case, Data, Record, Result, Setting, Verdict, mean_sd
 from .catapults import SCALED, cases, draw_traces, graded, labels, problem_of, values
 from .tracing import Trace, episodes, examples, network, rises, trace
-from .training import TARGET_LOSS, batches
+from .training import TARGET_LOSS, batches, mse
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -220,61 +220,75 @@ def _draw_hessian(records: list[Record], figure: Figure) -> None:
 
 def _run_one(setting: Setting, case: Case, data: Data) -> Result:
     """Batch size 1 on the unit sphere, first layer trained, one example doubled; the rate is above critical for it."""
-    n, d, width = setting["n"], setting["d"], setting["width"]
+    n, d = setting["n"], setting["d"]
     generator = torch.Generator().manual_seed(case["seed"])
     x = torch.randn(n, d, generator=generator)
     x /= x.norm(dim=1, keepdim=True)
     y = torch.ones(n, 1)
     x[0] *= 2
     y[0] *= 2
-    model = mlp(d, width, 2, generator=generator)
-    last = list(model.parameters())[-1]
+    model = mlp(d, setting["width"], 2, generator=generator)
+    first, last = model.parameters()
     last.requires_grad_(False)
     each = ntk(model, x).diag()
     special, others = float(1 / each[0]), float(1 / each[1:].max())
     lr = special * (others / special) ** setting["between"]
-    order = torch.Generator().manual_seed(20_000 + case["seed"])
-    found = trace(model, Split(x, y), [lr] * setting["steps"], top=1, batch_size=1, generator=order)
-    up = {t for t in rises(found.loss) if found.loss[t + 1] > (1 + _SPIKE) * found.loss[t]}
-    # The rates change as the weights do, so what counts is each step's own.
-    above = {t for t, (rate, step) in enumerate(zip(found.batch_rate, found.lr, strict=True)) if step > rate}
+    curves: dict[str, list[float]] = {"loss": [mse(model, Split(x, y))], "rate": [], "growth": []}
+    for batch, _ in zip(batches(n, 1, generator), range(setting["steps"]), strict=False):
+        output = model(x[batch])
+        (gradient,) = torch.autograd.grad(output, first)
+        residual = output.detach() - y[batch]
+        with torch.no_grad():
+            first.sub_(2 * lr * residual * gradient)
+            after = model(x[batch]) - y[batch]
+        curves["rate"].append(float(1 / gradient.square().sum()))
+        curves["growth"].append(float((after / residual).square()))
+        curves["loss"].append(mse(model, Split(x, y)))
+    above = [lr > rate for rate in curves["rate"]]
+    batch_rises = [growth > 1 for growth in curves["growth"]]
+    spikes = [b > (1 + _SPIKE) * a for a, b in pairwise(curves["loss"])]
     return {
         "special": special,
         "others": others,
         "lr": lr,
-        "above": len(above),
-        "rises": len(up),
-        "rises_above": _share([t in above for t in up]),
-        "above_rises": _share([t in up for t in above]),
-        "match": match_rate(found.loss, found.batch_rate, lr),
-        "curves": found.curves,
+        "above": sum(above),
+        "batch_rises": sum(batch_rises),
+        "agree": _share([a == b for a, b in zip(above, batch_rises, strict=True)]),
+        "spikes": sum(spikes),
+        "spikes_above": sum(a and s for a, s in zip(above, spikes, strict=True)),
+        "curves": {**curves, "above": [float(a) for a in above]},
     }
 
 
 def _judge_one(setting: Setting, records: list[Record]) -> Verdict:
+    """Exact if the batch's own loss rises exactly at steps above its critical rate, and the whole loss jumps only there.
+
+    The whole training loss is bound to rise a little at other steps too, where one example's step moves the others.
+    """
     results = [record["result"] for record in records]
-    exact = [r["rises_above"] == 1 and r["above_rises"] == 1 for r in results]
+    exact = [r["agree"] == 1 and r["above"] > 0 and r["spikes_above"] == r["spikes"] for r in results]
     measured = (
-        f"{_percent([r['rises_above'] for r in results])} % of the rises by 10 % are steps above critical, "
-        f"{_percent([r['above_rises'] for r in results])} % of the steps above critical raise it; "
-        f"{sum(r['above'] for r in results)} such steps, {sum(r['rises'] for r in results)} rises"
+        f"the batch's loss rises at {sum(r['batch_rises'] for r in results)} steps, {sum(r['above'] for r in results)} "
+        f"are above critical, the two agree at {mean_sd([100 * r['agree'] for r in results], 2)} % of all steps; of "
+        f"{sum(r['spikes'] for r in results)} rises of the whole loss by 10 % "
+        f"{sum(r['spikes_above'] for r in results)} are above critical"
     )
     if all(exact):
         return Verdict("holds", measured)
-    near = all(r["rises_above"] >= 0.9 and r["above_rises"] >= 0.9 for r in results)
+    near = all(r["agree"] >= 0.99 and r["above"] > 0 for r in results)
     return Verdict("holds in part" if near else "fails", measured, "The match is not exact on every seed.")
 
 
 def _draw_one(records: list[Record], figure: Figure) -> None:
-    curves = records[0]["result"]["curves"]
+    curves, lr = records[0]["result"]["curves"], records[0]["result"]["lr"]
     loss, rates = figure.subplots(2, 1, sharex=True)
     loss.semilogy(curves["loss"], linewidth=1)
-    for t, (rate, lr) in enumerate(zip(curves["batch_rate"], curves["lr"], strict=True)):
-        if lr > rate:
+    for t, above in enumerate(curves["above"]):
+        if above:
             loss.axvline(t, color="tab:orange", alpha=0.5, linewidth=1)
     loss.set_ylabel("training loss")
-    rates.semilogy(curves["batch_rate"], ".", markersize=3, label=r"$\eta_{crit}$ of the batch")
-    rates.semilogy(curves["lr"], "k", linewidth=1, label=r"$\eta$")
+    rates.semilogy(curves["rate"], ".", markersize=3, label=r"$\eta_{crit}$ of the batch")
+    rates.axhline(lr, color="black", linewidth=1, label=r"$\eta$")
     rates.set_xlabel("step")
     rates.legend(frameon=False)
 
@@ -367,7 +381,7 @@ ARTEFACTS = (
         printed="",
         scales={
             "full": {"n": 100, "d": 100, "width": 4096, "steps": 600, "between": 0.5, "seeds": 3},
-            "recorded": {"n": 100, "d": 100, "width": 2048, "steps": 300, "between": 0.5, "seeds": 3},
+            "recorded": {"n": 100, "d": 100, "width": 4096, "steps": 600, "between": 0.5, "seeds": 3},
             "quick": {"n": 100, "d": 100, "width": 512, "steps": 60, "between": 0.5, "seeds": 1},
         },
         cases=lambda setting: [{"seed": seed} for seed in range(setting["seeds"])],
