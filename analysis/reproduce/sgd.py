@@ -261,7 +261,7 @@ def _run_one(setting: Setting, case: Case, data: Data) -> Result:
 
 
 def _judge_one(setting: Setting, records: list[Record]) -> Verdict:
-    """Exact if the batch's own loss rises exactly at steps above its critical rate, and the whole loss jumps only there.
+    """Exact if the batch's loss rises exactly at steps above its critical rate, and the whole loss jumps only there.
 
     The whole training loss is bound to rise a little at other steps too, where one example's step moves the others.
     """
