@@ -452,7 +452,7 @@ ARTEFACTS = (
         "theorem-2.3.6",
         {"FCN": Family(_fcn), "DenseNet without half its edges": Family(_dropped)},
         [_hessian, _hessian_in_ball],
-        {**_SETTING, "radius": 3.0, "points": 1},
+        {**_SETTING, "radius": 3.0, "points": 1, "seeds": 3},
         title="Hessian norm of the output against the width, at the first weights and in a ball",
         source="Theorem 2.3.6",
         claim="The spectral norm of the output's Hessian is O(1/sqrt(m)) up to logarithms, in a ball of fixed radius "
@@ -566,7 +566,7 @@ ARTEFACTS = (
             "narrow layer, all but two neurons after it widened": Family(_widened, by_size=True),
         },
         [_hessian],
-        {**_SETTING, "sizes": [32, 64, 128, 256, 512, 1024, 2048], "seeds": 15},
+        {**_SETTING, "sizes": [32, 64, 128, 256, 512, 1024, 2048], "seeds": 12},
         title="A narrow layer breaks transition to linearity, edges past it bring it back",
         source="Appendix A.6",
         claim="A narrow hidden layer makes all neurons after it bottlenecks and breaks transition to linearity; edges "
