@@ -379,7 +379,7 @@ def _relative_move(outputs: Sequence[Tensor], bases: Sequence[Tensor]) -> float:
     base = torch.cat([b.flatten().double() for b in bases])
     size = float(base.square().mean().sqrt())
     spread = float(base.std(correction=0))
-    scale = max(spread, 1e-3 * size)
+    scale = max(spread, 0.03 * size)
     if scale == 0:
         return 0.0  # outputs of exactly zero: differences from them have no rounding error to fear
     return float(moved.square().mean().sqrt()) / scale

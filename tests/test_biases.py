@@ -1,0 +1,87 @@
+"""Promise: biases and other vectors move at `CatapultPolicy.vectors` of the rate, and the critical rate knows it.
+
+Oracle: the explicit float64 Jacobian, its columns of vectors scaled.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from catapult_opt import CatapultPolicy, CatapultSGD
+
+
+def make() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.LayerNorm(7), nn.Linear(7, 2)).double()
+    return model, torch.randn(12, 5).double(), torch.randn(12, 2).double()
+
+
+def top_curvature(model: nn.Module, x: Tensor, vectors: float) -> float:
+    """Of P^(1/2) G P^(1/2) for the MSE over all 24 outputs: H_out = 2/24, P = vectors on vectors, else 1."""
+    params = dict(model.named_parameters())
+    jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)).flatten())(params)
+    columns = [j.reshape(24, -1) * (vectors**0.5 if params[n].ndim < 2 else 1.0) for n, j in jacobian.items()]
+    return float(torch.linalg.svdvals(torch.cat(columns, 1))[0] ** 2) * 2 / 24
+
+
+@pytest.mark.parametrize("vectors", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_critical_rate_and_update(vectors: float, momentum: float) -> None:
+    model, x, y = make()
+    criterion, policy = nn.MSELoss(), CatapultPolicy(vectors=vectors)
+    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, policy=policy, momentum=momentum)
+    criterion(model(x), y).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    truth = 2 * (1 + momentum) / top_curvature(model, x, vectors)
+    optimizer.step()
+    assert optimizer.last.eta_crit == pytest.approx(truth, rel=2e-3)
+    rate = optimizer.param_groups[0]["effective_lr"]
+    for p, w in zip(model.parameters(), before, strict=True):
+        moved = rate * (vectors if p.ndim < 2 else 1.0) * p.grad
+        torch.testing.assert_close(p.detach(), w - moved, rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_of_vectors_alone_moves_at_the_whole_rate() -> None:
+    class Diagonal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.w
+
+    model, criterion = Diagonal(), nn.MSELoss()
+    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion)
+    criterion(model(torch.ones(3, 4)), torch.zeros(3, 4)).backward()
+    optimizer.step()
+    assert optimizer.last.eta_crit == pytest.approx(4.0, rel=5e-3)  # 2 / (2/12 * 3); differences in float32
+    assert optimizer.rate_part(model.w) == 1.0
+
+
+def test_without_a_model_every_parameter_moves_at_lr() -> None:
+    model, _, _ = make()
+    optimizer = CatapultSGD(model.parameters(), lr=0.1)
+    assert {optimizer.rate_part(p) for p in model.parameters()} == {1.0}
+
+
+def test_cooling_brings_the_momentum_to_rest() -> None:
+    """On the step that cools, the update is that of plain SGD; the policy is set to cool at the first rise."""
+    model, x, y = make()
+    criterion, policy = nn.MSELoss(), CatapultPolicy(hot_steps=1, spike=1.01)
+    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, policy=policy, momentum=0.9)
+    phases = []
+    for _ in range(60):
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+        phases.append(optimizer.phase)
+        if phases[-2:] in (["hot", "cool"], ["arm", "cool"]):
+            rate = optimizer.param_groups[0]["effective_lr"]
+            for p, w in zip(model.parameters(), before, strict=True):
+                moved = rate * optimizer.rate_part(p) * p.grad
+                torch.testing.assert_close(p.detach(), w - moved, rtol=1e-12, atol=1e-12)
+            return
+    pytest.fail(f"no catapult in 60 steps: {phases}")
