@@ -162,6 +162,7 @@ def sgd_record(problem, **changes):
     [
         ("table-4.2", {"match": 0.8}),
         ("table-4.2", {"match": math.nan}),
+        ("table-4.2", {"diverged": True}),
         ("fig-4.7", {"spikes": 0}),
         ("fig-4.7", {"top_share": math.nan}),
         ("fig-4.7", {"norm_falls": 0.5}),

@@ -509,7 +509,7 @@ _SLOW_SCALES: dict[str, Setting] = {
 _RAISED: dict[str, Any] = {"cases": _schedule_cases, "run": _run_schedule}
 _FIG48: dict[str, Any] = {
     **_RAISED,
-    "scales": _schedule_scales(_TASKS, {"rank-2": [0, 2, 4, 6], "rank-3": [0, 1, 3]}, seeds=2),
+    "scales": _schedule_scales(_TASKS, {"rank-2": [0, 3, 6], "rank-3": [0, 1, 3]}, seeds=2),
 }
 
 ARTEFACTS = (

@@ -104,8 +104,11 @@ def _judge_match(setting: Setting, records: list[Record]) -> Verdict:
         f"{label}: {_percent(values(records, label, 'match'))} % of {sum(values(records, label, 'rises'))} rises"
         for label in means
     ]
+    diverged = {label: sum(values(records, label, "diverged")) for label in means}
     failures = [f"{label}: below 90 %." for label, mean in means.items() if not mean >= 0.9]
-    return graded([mean >= 0.9 for mean in means.values()], "; ".join(texts), failures, SCALED)
+    failures += [f"{label}: training diverges on {n} seeds: no match." for label, n in diverged.items() if n]
+    passed = [mean >= 0.9 and not diverged[label] for label, mean in means.items()]
+    return graded(passed, "; ".join(texts), failures, SCALED)
 
 
 def _judge_shallow(setting: Setting, records: list[Record]) -> Verdict:
