@@ -164,7 +164,7 @@ def judge_slopes(families: Families, setting: Setting, records: list[Record]) ->
                 wide = slope(records, name, key, wider_half=True)
                 why.append(f"{LABELS[key]} of {name} does not fall as m^-1/2 (over the wider half: m^{wide})")
             elif not ok:
-                why.append(f"{LABELS[key]} of {name} falls")
+                why.append(f"{LABELS[key]} of {name} is not shown to stay")
     lost = sum(not r["result"].get("converged", True) for r in records)
     why += [f"{lost} of {len(records)} trainings did not converge"] if lost else []
     if any("does not fall" in text for text in why):
