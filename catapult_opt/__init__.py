@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from .policy import CatapultPolicy
     from .replay import is_measuring
     from .runlog import RunLog, read_log
+    from .scheduler import CatapultLR
 
 # Looked up on first use, so that reading a log (or `catapult-opt report`) does not load torch.
 _HOME = {
+    "CatapultLR": "scheduler",
     "CatapultMonitor": "monitor",
     "CatapultPolicy": "policy",
     "CatapultSGD": "optimizer",
@@ -32,6 +34,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CatapultLR",
     "CatapultMonitor",
     "CatapultPolicy",
     "CatapultSGD",

@@ -448,7 +448,7 @@ class CatapultMonitor:
         check_supported(optimizer)
         self._optimizer = optimizer
         settings = {"every": every, "overhead": overhead, "optimizer": type(optimizer).__name__}
-        settings |= _plain(optimizer.defaults)
+        settings |= plain_settings(optimizer.defaults)
         self._session = Session(
             type(self).__name__,
             optimizer,
@@ -607,6 +607,6 @@ def _fingerprint(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype} {zlib.crc32(flat.view(torch.uint8).numpy().data):08x}"
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """What of the settings can stand in a log."""
     return {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in settings.items()}

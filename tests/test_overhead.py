@@ -5,7 +5,6 @@ Oracle: a clock of the test's own, on which a step takes one second and a measur
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock, measure = Clock(), monitor.measure
 
     def slow(*args: Any, **kwargs: Any) -> Any:
@@ -39,7 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 
     monkeypatch.setattr(monitor, "time", clock)
     monkeypatch.setattr(monitor, "measure", slow)
-    yield clock
+    return clock
 
 
 def train(clock: Clock, steps: int, face: str, **settings: Any) -> Any:

@@ -1,0 +1,249 @@
+"""`CatapultLR`: the catapult controller on top of any torch optimizer whose critical rate is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .bases import check_supported, next_update
+from .curvature.vectors import Vector
+from .measure import CriticalLR
+from .monitor import Session, plain_settings
+from .policy import Catapulter, CatapultPolicy, Decision
+from .scaling import LossScaler
+
+_BASE = "catapult_base_lr"  # what a group's lr is relative to
+# Running sums of gradients, brought to rest when a spike is cooled or undone.
+_VELOCITIES = ("momentum_buffer", "exp_avg")
+
+
+class CatapultLR:
+    """Drives the rate of a torch optimizer: above the critical one of its own update, so that the loss catapults.
+
+    The optimizer keeps its name, its state and its place in the loop; nothing has to be called. For the time of each
+    step its groups' `lr` is replaced by the controller's rate, which stands in `group["effective_lr"]`. The `lr` given
+    to the optimizer sets no scale: only the proportions among groups count, and what a scheduler makes of it since.
+
+    Args:
+        optimizer: torch's SGD, Adam, AdamW, RMSprop or Adagrad, not fused.
+        model: the module whose outputs reach the criterion.
+        criterion: the loss module called in the loop; a plain function must be called through `CatapultLR.criterion`;
+            None where the model returns the loss.
+        policy: a `CatapultPolicy`; None for the default. Its `vectors` is left aside: all parameters of a group move at
+            one rate, which for SGD on networks with biases makes `CatapultSGD` the better choice.
+        every, overhead, engine, log, outputs, grad_scaler: see `CatapultSGD`.
+
+    Raises:
+        TypeError: an optimizer whose critical rate is not known, or an argument of the wrong type.
+        ValueError: an argument is not usable; says which and why.
+
+    Source: thesis ch. 5 (the optimizer); critical rates of the bases: `catapult_opt.bases`.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> criterion = nn.MSELoss()
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> controller = CatapultLR(optimizer, model=model, criterion=criterion)
+        >>> criterion(model(torch.ones(4, 2)), torch.zeros(4, 1)).backward()
+        >>> optimizer.step()
+        >>> round(optimizer.param_groups[0]["effective_lr"], 3)  # 2 * eta_crit = 2 * 2 (1 + 0.9) / 6
+        1.267
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        model: nn.Module,
+        criterion: Any,
+        policy: CatapultPolicy | None = None,
+        every: int | None = None,
+        overhead: float | None = None,
+        engine: str = "auto",
+        log: str | os.PathLike[str] | None = None,
+        outputs: Callable[[Any], Any] | None = None,
+        grad_scaler: LossScaler | None = None,
+    ) -> None:
+        check_supported(optimizer)
+        _check_unfused(optimizer)
+        if policy is not None and not isinstance(policy, CatapultPolicy):
+            raise TypeError(f"policy must be a CatapultPolicy, got {policy!r}")
+        policy = policy or CatapultPolicy()
+        bases = [float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups]
+        if not max(bases) > 0:
+            raise ValueError(f"optimizer: lr must be above 0, as rates are relative to it; got {bases}")
+        settings: dict[str, Any] = {"every": every, "overhead": overhead, "policy": dataclasses.asdict(policy)}
+        settings |= {"optimizer": type(optimizer).__name__, **plain_settings(optimizer.defaults)}
+        self._session = Session(
+            type(self).__name__,
+            optimizer,
+            model,
+            criterion,
+            outputs=outputs,
+            every=every,
+            overhead=overhead,
+            engine=engine,
+            log=log,
+            settings=settings,
+            grad_scaler=grad_scaler,
+            copies=2,
+        )
+        self._optimizer, self._machine = optimizer, Catapulter(policy)
+        self._vector: Vector | None = None
+        self._snapshot: Vector | None = None
+        self._set_aside: list[tuple[Any, Any]] = []
+        for group, base in zip(optimizer.param_groups, bases, strict=True):
+            group.setdefault(_BASE, base)
+            group.setdefault("effective_lr", 0.0)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    @property
+    def criterion(self) -> nn.Module | None:
+        """The criterion whose calls are observed: a plain function given as criterion must be called through this."""
+        return self._session.criterion
+
+    @property
+    def last(self) -> CriticalLR | None:
+        """The last measurement: of that step's batch, at the weights before its update."""
+        return self._session.last
+
+    @property
+    def super_critical_steps(self) -> int:
+        """Measured steps with eta - eta_crit > 1e-8: the thesis' count of catapults in SGD."""
+        return self._session.counter.super_critical_steps
+
+    @property
+    def catapults(self) -> int:
+        """Episodes completed: rise from a super-critical start, peak, return with a lower lambda_max."""
+        return self._session.counter.catapults
+
+    @property
+    def phase(self) -> str:
+        """What the policy is doing: "arm", "hot", "cool", "settle" ("start" before the first step)."""
+        return self._machine.phase
+
+    def log_metrics(self, **values: float) -> None:
+        """Log metrics at the present step, e.g. val_loss=0.3; names that start with `val` rank runs in the report."""
+        self._session.log_metrics(values)
+
+    def detach(self) -> None:
+        """Leave the optimizer to itself, at its own lr: remove the hooks, close the log."""
+        for handle in self._handles:
+            handle.remove()
+        self._session.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run goes on from, beside the optimizer's own state dict: numbers, strings and two lists of tensors."""
+        self._session.catch_up()
+        return {
+            "session": self._session.state_dict(),
+            "machine": self._machine.state_dict(),
+            "vector": _copy(self._vector),
+            "snapshot": _copy(self._snapshot),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on as the run would have gone where the state was taken."""
+        params = self._session.params
+        for name in ("vector", "snapshot"):
+            shapes = [x.shape for x in state_dict[name] or []]
+            if shapes and shapes != [p.shape for p in params]:
+                raise ValueError(f"state_dict: {name} has other shapes than the parameters; is it another model's?")
+        self._session.load_state_dict(state_dict["session"])
+        self._machine.load_state_dict(state_dict["machine"])
+        self._vector, self._snapshot = _copy(state_dict["vector"]), _copy(state_dict["snapshot"])
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Decide now, or right after the closure where forward and backward run inside step(closure)."""
+        self._after_step(optimizer, args, kwargs)  # of a step that failed halfway
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            self._decide(optimizer)
+            return None
+
+        def observed() -> Any:
+            loss = closure()
+            with torch.no_grad():
+                self._decide(optimizer)
+            return loss
+
+        return (args[0], observed), {name: value for name, value in kwargs.items() if name != "closure"}
+
+    @torch.no_grad()
+    def _decide(self, optimizer: Optimizer) -> None:
+        session, machine = self._session, self._machine
+        if session.saw_nothing() and all(float(g["lr"]) == 0 for g in optimizer.param_groups):
+            return  # the call of an initialiser of states
+        update = next_update(optimizer, scale=session.capture.armed)
+        seen = session.observe(self._vector, update, need_loss=machine.phase != "settle")
+        unit = max(g[_BASE] for g in optimizer.param_groups)
+        factor = update.rate / unit
+        if seen.loss is None:
+            decision = Decision(machine.rate, machine.phase)
+        else:
+            eta_crit = None if seen.critical is None else seen.critical.eta_crit
+            decision = machine.update(step=session.step, loss=seen.loss, eta_crit=eta_crit, smoothing=seen.smoothing)
+        self._vector = seen.vector or self._vector
+        if decision.take_snapshot:
+            self._snapshot = [p.detach().clone() for p in session.params]
+        measure_in = None if seen.loss is None else decision.measure_in
+        session.record(seen, factor * decision.rate, decision.phase, decision.events, measure_in)
+        self._apply(optimizer, decision, unit)
+
+    def _apply(self, optimizer: Optimizer, decision: Decision, unit: float) -> None:
+        """The step's rates in place of lr, or the weights back."""
+        if decision.brake or decision.restore:
+            _stop(optimizer)
+        if decision.restore:
+            self._restore(optimizer)
+            return
+        for group in optimizer.param_groups:
+            lr = group["lr"]
+            self._set_aside.append((group, lr))
+            rate = group["effective_lr"] = float(lr) / unit * decision.rate
+            group["lr"] = torch.full_like(lr, rate) if isinstance(lr, Tensor) else rate
+
+    def _restore(self, optimizer: Optimizer) -> None:
+        """The snapshot back; without gradients the step then changes nothing."""
+        assert self._snapshot is not None
+        for p, kept in zip(self._session.params, self._snapshot, strict=True):
+            p.copy_(kept)
+        for p in (p for g in optimizer.param_groups for p in g["params"] if p.grad is not None):
+            self._set_aside.append((p, p.grad))
+            p.grad = None
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What the loop left in the groups and the gradients, back in place."""
+        for owner, kept in self._set_aside:
+            if isinstance(owner, Tensor):
+                owner.grad = kept
+            else:
+                owner["lr"] = kept
+        self._set_aside.clear()
+
+
+def _copy(vector: Vector | None) -> Vector | None:
+    return None if vector is None else [x.detach().clone() for x in vector]
+
+
+def _stop(optimizer: Optimizer) -> None:
+    for state in optimizer.state.values():
+        for name in _VELOCITIES:
+            if isinstance(state.get(name), Tensor):
+                state[name].zero_()
+
+
+def _check_unfused(optimizer: Optimizer) -> None:
+    if any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups):
+        raise ValueError("optimizer: fused and capturable steps read lr where it cannot be set: leave both out")
