@@ -156,8 +156,8 @@ def made_up(f, f_lin, f_quad, diverged=True, panel=PANEL):
     result = {"ratios": [0.5, 1.5]}
     for name, loss in {"f": f, "f_lin": f_lin, "f_quad": f_quad}.items():
         result[name] = {
-            "best_loss": loss, "accuracy": [1 - v for v in loss], "peak": [1.0, 5.0], "lambda_ratio": [1.0, 0.5],
-            "distance": [1.0, 2.0], "diverged": [False, diverged and name == "f_lin"],
+            "best_loss": loss, "accuracy": [1 - v for v in loss], "lambda_ratio": [1.0, 0.5],
+            "distance": [1.0, 2.0], "peak": [1.0, 1e6 if diverged and name == "f_lin" else 5.0],
         }  # fmt: skip
     return {"case": {"panel": panel, "seed": 0}, "result": result}
 

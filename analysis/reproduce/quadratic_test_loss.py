@@ -228,7 +228,8 @@ def _findings(setting: Setting, records: list[Record], use_accuracy: bool) -> tu
         low, high = score[:, below].min(1), score[:, above].min(1)
         better = bool(high.mean() < low.mean())
         if model == "f_lin":
-            shows["f_lin diverges above"] = bool(table(records, model, "diverged")[:, above].all()) and not better
+            # What has grown so far in a linear model does not come back, whether or not the run had time for more.
+            shows["f_lin diverges above"] = bool((table(records, model, "peak")[:, above] > 100).all()) and not better
         else:
             shows[f"{model} better above"] = better
         gains.append(f"{model} {mean_sd(low, 3)} -> {mean_sd(high, 3)}")
@@ -279,6 +280,16 @@ def _judge_3_2(setting: Setting, records: list[Record]) -> Verdict:
     return Verdict(outcome, f"(a) f at rate / eta_crit of {text}. (b) {b.measured}", why)
 
 
+def _limits(found: list[Record], key: str) -> tuple[float, float]:
+    """Of the vertical axis: all that is below the critical rate, and what converges above it. f_lin leaves the frame."""
+    below = np.asarray(found[0]["result"]["ratios"]) < 1
+    usual = np.concatenate([table(found, model, key)[:, below].ravel() for model in _MODELS])
+    every = np.concatenate([usual, *(table(found, model, key).ravel() for model in ("f", "f_quad"))])
+    every = every[np.isfinite(every) & (every < 1.5 * usual.max())]
+    margin = 0.1 * (every.max() - every.min()) + 1e-6
+    return float(every.min() - margin), float(every.max() + margin)
+
+
 def _draw(key: str) -> Callable[[list[Record], Figure], None]:
     label = {"best_loss": "best test loss", "accuracy": "best test accuracy"}[key]
 
@@ -295,13 +306,13 @@ def _draw(key: str) -> Callable[[list[Record], Figure], None]:
                 values[~np.isfinite(values)] = np.nan
                 shown = np.isfinite(values).all(0)
                 spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(ratios))
+                spread[~(values.mean(0) < _limits(found, key)[1])] = 0
                 x = np.asarray(ratios)[shown]
                 ax.errorbar(x, values.mean(0)[shown], spread[shown], marker=marker, capsize=3, label=model)
             ax.axvline(1, color="black", linewidth=1, linestyle=":")
             ax.set(title=_panel_name(panel), xlabel="learning rate / critical rate", ylabel=label)
             ax.title.set_fontsize(9)
-            if key == "best_loss":
-                ax.set_yscale("log")
+            ax.set_ylim(*_limits(found, key))
         axes[0, 0].legend(frameon=False)
 
     return draw
