@@ -10,7 +10,7 @@ from torch import nn
 
 from catapult_opt.analysis.datasets import Data, DataSet
 from catapult_opt.analysis.networks import ntk_mlp
-from catapult_opt.analysis.nqm import jacobian, two_layer_start
+from catapult_opt.analysis.nqm import QuadraticModel, jacobian, tangent_kernel, two_layer_start
 from catapult_opt.analysis.reproduce import quadratic, quadratic_features, quadratic_test_loss, quadratic_theorems
 from catapult_opt.analysis.reproduce.quadratic_test_loss import in_span, two_layer_cnn
 from catapult_opt.analysis.tasks import Split
@@ -240,6 +240,20 @@ def test_cnn_is_a_convolution():
     hidden = torch.relu(nn.functional.conv2d(x, weight, padding=1) / 27**0.5)
     expected = hidden.flatten(2).mT.flatten(1) @ net[4].weight.T / (7 * 25) ** 0.5
     torch.testing.assert_close(net(x), expected)
+
+
+def test_closed_form_of_the_cnn_kernel():
+    net = two_layer_cnn(3, 4, 5, 1, nn.ReLU, torch.Generator().manual_seed(0)).double()
+    x, start = torch.randn(4, 3, 4, 4).double(), net[1].weight.detach().clone()
+    f_quad = QuadraticModel(net)
+    for p in f_quad.parameters():
+        p.data += 0.5 * torch.randn_like(p)
+    first, last = f_quad.parameters()
+    patches = net[0](x)
+    torch.testing.assert_close(quadratic.cnn_kernel(patches, first, last, start), tangent_kernel(f_quad, x))
+    torch.testing.assert_close(
+        quadratic.cnn_kernel(patches, first, last, first), tangent_kernel(f_quad.module, x), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_start_in_two_directions_is_that_of_a_network():

@@ -187,7 +187,8 @@ def _movement(model: nn.Module, net: nn.Module, train: Split, eta_crit: float, d
 
 # ------------------------------------------------------------------------------------------------------------ verdicts
 
-_AGREE = 0.05  # "nearly identical": relative difference of the best test losses, mean over the runs
+# "Nearly identical", of means over the runs: best test losses within 5 %, accuracies within 2 points.
+_AGREE = {False: 0.05, True: 0.02}
 
 
 def _panel_name(panel: Sequence[str]) -> str:
@@ -218,9 +219,10 @@ def _findings(setting: Setting, records: list[Record], use_accuracy: bool) -> tu
     ratios = np.asarray(setting["ratios"])
     below, above = ratios < 1, ratios > 1
     loss = {model: table(records, model, "best_loss") for model in _MODELS}
-    mean = {model: values.mean(0) for model, values in loss.items()}
-    apart = max(float(np.abs(mean[model][below] / mean["f"][below] - 1).max()) for model in ("f_lin", "f_quad"))
-    shows = {"agree below": apart <= _AGREE}
+    mean = {model: (_accuracy(records, model) if use_accuracy else loss[model]).mean(0)[below] for model in _MODELS}
+    scale = 1.0 if use_accuracy else mean["f"]
+    apart = max(float((np.abs(mean[model] - mean["f"]) / scale).max()) for model in ("f_lin", "f_quad"))
+    shows = {"agree below": apart <= _AGREE[use_accuracy]}
     gains = []
     for model in ("f", "f_quad", "f_lin"):
         # smaller is better, for both
@@ -233,8 +235,8 @@ def _findings(setting: Setting, records: list[Record], use_accuracy: bool) -> tu
         else:
             shows[f"{model} better above"] = better
         gains.append(f"{model} {mean_sd(low, 3)} -> {mean_sd(high, 3)}")
-    kind = "best test error" if use_accuracy else "best test loss"
-    return shows, f"{kind} below -> above eta_crit: {', '.join(gains)}; apart below {100 * apart:.1f} %"
+    kind, unit = ("best test error", "points") if use_accuracy else ("best test loss", "%")
+    return shows, f"{kind} below -> above eta_crit: {', '.join(gains)}; apart below {100 * apart:.1f} {unit}"
 
 
 def _judge(use_accuracy: bool) -> Callable[[Setting, list[Record]], Verdict]:
@@ -281,7 +283,7 @@ def _judge_3_2(setting: Setting, records: list[Record]) -> Verdict:
 
 
 def _limits(found: list[Record], key: str) -> tuple[float, float]:
-    """Of the vertical axis: all that is below the critical rate, and what converges above it. f_lin leaves the frame."""
+    """Of the vertical axis: all that is below the critical rate, and what converges above it. f_lin leaves it."""
     below = np.asarray(found[0]["result"]["ratios"]) < 1
     usual = np.concatenate([table(found, model, key)[:, below].ravel() for model in _MODELS])
     every = np.concatenate([usual, *(table(found, model, key).ravel() for model in ("f", "f_quad"))])
