@@ -33,6 +33,7 @@ examples:
   catapult-opt report runs/ --watch             while training; Ctrl-C ends it
   catapult-opt report runs/ --json | jq '.[].catapults'
   catapult-opt plot runs/batch_5.jsonl -o batch_5.png
+  catapult-opt critical-lr train:setup          before training: a rate for each optimizer
   catapult-opt reproduce --list                 figures and tables of the thesis
   catapult-opt reproduce table-4.1 --quick
 
@@ -60,6 +61,22 @@ _PLOT = """\
 Loss, learning rate against the critical one, and lambda_max over the steps;
 super-critical steps are shaded, catapults marked.
 Needs matplotlib: pip install 'catapult_opt[plot]'.
+"""
+
+_CRITICAL = """\
+The critical learning rate of your model on one batch, for each optimizer, and
+a rate to start from: one command instead of a learning-rate range test. It
+trains nothing: every figure is taken on a copy of the model.
+"""
+
+_CRITICAL_EPILOG = """\
+FACTORY names a function without arguments that returns
+(model, criterion, inputs, targets); (model, None, inputs) where the model
+returns the loss. inputs may be a tensor, a tuple or a dict of arguments.
+
+  catapult-opt critical-lr train:setup          setup() in train.py, here
+
+exit status: 0, or 2 if the factory cannot be used or the batch not measured.
 """
 
 _REPRODUCE = """\
@@ -104,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_report(commands)
     _add_plot(commands)
+    _add_critical(commands)
     _add_reproduce(commands)
     return parser
 
@@ -148,6 +166,19 @@ def _add_plot(commands: Any) -> None:
         "-o", "--output", metavar="FILE", help="picture to write, its suffix says the format (default: RUN.png)"
     )
     command.set_defaults(run=_plot)
+
+
+def _add_critical(commands: Any) -> None:
+    command = commands.add_parser(
+        "critical-lr",
+        help="the critical rate of your model for each optimizer, before training",
+        description=_CRITICAL,
+        epilog=_CRITICAL_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("factory", metavar="FACTORY", help="module:function, see below")
+    command.add_argument("--json", action="store_true", help="print a JSON list, an object per optimizer")
+    command.set_defaults(run=_critical)
 
 
 def _add_reproduce(commands: Any) -> None:
@@ -333,6 +364,17 @@ def _plot(options: argparse.Namespace) -> int:
         return _complain([f"{output}: cannot be written ({error})"])
     print(output)
     return status
+
+
+def _critical(options: argparse.Namespace) -> int:
+    from catapult_opt import MeasurementError
+    from catapult_opt.starting_rates import FactoryError, run
+
+    try:
+        run(options.factory, options.json, _Console())
+    except (FactoryError, MeasurementError) as error:
+        return _complain([str(error)])
+    return 0
 
 
 def _reproduce(options: argparse.Namespace) -> int:

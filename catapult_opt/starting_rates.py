@@ -1,0 +1,160 @@
+"""``catapult-opt critical-lr``: the critical rate of a user's model and data for each optimizer, before training."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+
+from .monitor import CatapultMonitor
+
+__all__ = ["FactoryError", "StartingRate", "load_factory", "run", "starting_rates"]
+
+_SAFE = 0.5  # of the critical rate: a constant rate to start from that leaves mini-batch noise some room
+_OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
+    "SGD": partial(SGD, lr=1.0),
+    "SGD, momentum 0.9": partial(SGD, lr=1.0, momentum=0.9),
+    "SGD, momentum 0.9, Nesterov": partial(SGD, lr=1.0, momentum=0.9, nesterov=True),
+    "Adam": partial(Adam, lr=1.0),
+    "AdamW": partial(AdamW, lr=1.0),
+    "RMSprop": partial(RMSprop, lr=1.0),
+    "Adagrad": partial(Adagrad, lr=1.0),
+}
+# Their first steps divide by the present gradient alone: the critical rate of a first step is not that of later ones.
+_ADAPTIVE = ("Adam", "AdamW", "RMSprop", "Adagrad")
+
+
+class FactoryError(ValueError):
+    """The factory named on the command line cannot be used; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class StartingRate:
+    """What one optimizer could start with."""
+
+    optimizer: str
+    lambda_max: float  # of the curvature, divided by the optimizer's preconditioner where it has one
+    eta_crit: float
+    start: float  # recommended constant rate: half of eta_crit
+    residual: float  # relative bound on the error of lambda_max
+    first_step_only: bool
+
+
+def starting_rates(
+    model: nn.Module, criterion: nn.Module | None, inputs: Any, targets: Any = None
+) -> list[StartingRate]:
+    """The critical learning rate of the first step of each of torch's common optimizers, on one batch.
+
+    Args:
+        model, criterion: as in the training loop; criterion None where the model returns the loss.
+        inputs: what the model is called with: a tensor, a tuple of positional or a dict of keyword arguments.
+        targets: what the criterion is called with beside the outputs.
+
+    Nothing of the user's changes: every optimizer makes its step on a copy.
+
+    Source: thesis Def. 3.2.2; the optimizers' own critical rates: `catapult_opt.curvature.critical`.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> rates = starting_rates(model, nn.MSELoss(), torch.ones(4, 2), torch.zeros(4, 1))
+        >>> rates[0].optimizer, round(rates[0].eta_crit, 3), round(rates[1].eta_crit, 3)
+        ('SGD', 0.333, 0.633)
+    """
+    return [_first_step(name, make, model, criterion, inputs, targets) for name, make in _OPTIMIZERS.items()]
+
+
+def _first_step(
+    name: str, make: Callable[..., Optimizer], model: nn.Module, criterion: Any, inputs: Any, targets: Any
+) -> StartingRate:
+    model, criterion = copy.deepcopy((model, criterion))
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    monitor = CatapultMonitor(optimizer, model=model, criterion=criterion)
+    rng = torch.get_rng_state()
+    outputs = _call(model, inputs)
+    loss = outputs if criterion is None else monitor.criterion(outputs, targets)  # type: ignore[misc]
+    loss.backward()
+    optimizer.step()
+    torch.set_rng_state(rng)
+    found = monitor.last
+    monitor.detach()
+    assert found is not None
+    return StartingRate(
+        name, found.lambda_max, found.eta_crit, _SAFE * found.eta_crit, found.residual, name in _ADAPTIVE
+    )
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def load_factory(spec: str) -> Callable[[], Any]:
+    """The function that ``module:function`` names, looked up in the present folder too.
+
+    Raises:
+        FactoryError: no such module or function, or it is not a function.
+    """
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
+        raise FactoryError(f"{spec!r} must read module:function, such as train:setup")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise FactoryError(f"{module_name}: {error}; it is sought in {here} and among the installed modules") from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        raise FactoryError(f"{module_name} has no function {name!r}")
+    return factory  # type: ignore[no-any-return]
+
+
+def run(spec: str, as_json: bool, console: Console) -> None:
+    """Print the table (or JSON) of the model and batch that ``spec`` makes."""
+    made = load_factory(spec)()
+    if not isinstance(made, tuple) or len(made) not in (3, 4) or not isinstance(made[0], nn.Module):
+        raise FactoryError(
+            f"{spec} must return (model, criterion, inputs, targets), targets left out where criterion is None; "
+            f"it returned {type(made).__name__}"
+        )
+    rates = starting_rates(*made)
+    if as_json:
+        print(json.dumps([_finite(asdict(rate)) for rate in rates], indent=2, allow_nan=False))
+    else:
+        console.print(_table(rates))
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: "Infinity" if isinstance(v, float) and math.isinf(v) else v for k, v in row.items()}
+
+
+def _table(rates: list[StartingRate]) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        caption="start: half the critical rate, constant. Above the critical rate the loss catapults (CatapultSGD).\n"
+        "* of the very first step, which divides by this one gradient: later steps bear more or less.",
+        caption_justify="left",
+    )
+    table.add_column("optimizer")
+    for name in ("lambda_max", "eta_crit", "start"):
+        table.add_column(name, justify="right")
+    for rate in rates:
+        star = " *" if rate.first_step_only else ""
+        table.add_row(rate.optimizer + star, f"{rate.lambda_max:.4g}", f"{rate.eta_crit:.4g}", f"{rate.start:.2g}")
+    return table
