@@ -213,11 +213,11 @@ def raised(losses, features_, catapults_=1, task="rank-2"):
         {
             "case": {"task": task, "increases": i, "seed": seed},
             "result": {
-                "test_loss": loss + seed / 1000, "val_loss": loss, "alignment": a, "catapults": catapults_ * (i != 0),
+                "test_loss": loss + seed / 1000, "val_loss": loss, "alignment": a, "catapults": catapults_ * n,
             },
         }
         for seed in (0, 1)
-        for i, loss, a in zip(steps, losses, features_, strict=True)
+        for n, (i, loss, a) in enumerate(zip(steps, losses, features_, strict=True))
     ]  # fmt: skip
 
 
