@@ -485,7 +485,7 @@ ARTEFACTS = (
             "tanh output": Family(_fcn, linear=False, output=torch.tanh),
         },
         [_hessian_in_ball],
-        {**_SETTING, "depth": 3, "radius": 3.0, "points": 0, "seeds": 6},
+        {**_SETTING, "depth": 3, "radius": 3.0, "points": 0, "seeds": 10},
         title="A non-linear activation on the output breaks transition to linearity",
         source="Section 2.3, 'Non-linear activation on output neurons'",
         claim="With a non-linear activation on the output the Hessian norm stays of order 1, whatever the width.",
