@@ -367,7 +367,10 @@ _OPTIMIZER_FULL: Setting = {
 }  # fmt: skip
 _OPTIMIZER_SCALES: dict[str, Setting] = {
     "full": _OPTIMIZER_FULL,
-    "recorded": {**_OPTIMIZER_FULL, "n_eval": 2000, "steps": 1500, "gd_steps": 300, "evaluate_every": 50, "seeds": 2},
+    "recorded": {
+        **_OPTIMIZER_FULL, "n_eval": 2000, "steps": 1000, "gd_steps": 300, "evaluate_every": 50, "seeds": 2,
+        "tasks": {"rank-2": _OPTIMIZER_FULL["tasks"]["rank-2"], "rank-4": _OPTIMIZER_FULL["tasks"]["rank-4"]},
+    },
     "quick": {
         **_OPTIMIZER_FULL, "n_eval": 500, "steps": 100, "gd_steps": 50, "evaluate_every": 25, "seeds": 1,
         "tasks": {"rank-2": {"n": 300, "width": 128, "depth": 2}},
