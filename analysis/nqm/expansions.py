@@ -120,7 +120,7 @@ class QuadraticModel(_Expansion):
 
     ``f_quad(w; x) = f(w0; x) + (w - w0)^T grad f(w0; x) + (1/2) (w - w0)^T H_f(w0; x) (w - w0)``, for every entry of
     the output. In all else it is as `LinearModel` says. It is matrix-free: a forward-mode derivative of a forward-mode
-    derivative along w - w0. A training step takes about 5 of the module's own where its layers are large (f_lin: 2; CPU),
+    derivative along w - w0. A training step takes about 5 of the module's own where its layers are large (f_lin: 2),
     and more where they are small.
 
     Second derivatives are autograd's: of ReLU and other piecewise linear functions zero, also at the kink. That is the
