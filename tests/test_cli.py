@@ -235,7 +235,7 @@ def test_watch_waits_for_logs_shows_them_grow_and_ends_on_ctrl_c(tmp_path):
         process.send_signal(signal.SIGINT)
 
     reactions = [(b"no such file", start), (b"7 steps", go_on), (b"8 steps", interrupt)]
-    output, status = in_terminal(["report", str(path), "--watch", "0.1"], 100, *reactions)
+    output, status = in_terminal(["report", str(path), "--watch", "0.1"], 300, *reactions)  # wide: no message folds
     assert (status, "8 steps" in output, "Traceback" in output) == (0, True, False)
 
 
