@@ -42,7 +42,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from truth import ggn_lambda_max, hessian_lambda_max
 
-from catapult_opt import CatapultMonitor, CatapultSGD, critical_lr
+from catapult_opt import CatapultMonitor, CatapultPolicy, CatapultSGD, critical_lr
 from catapult_opt.capture import Capture, LossCall
 from catapult_opt.curvature.operators import GGN, StepSize
 from catapult_opt.curvature.vectors import Vector, random_unit
@@ -71,7 +71,7 @@ class Effort:
     truths: int = 8  # measurements of the training that are compared with float64 Lanczos
 
 
-QUICK = Effort(warm_up=2, products=2, estimates=1, gap=1, chunks=2, chunk=3, truths=1)
+QUICK = Effort(warm_up=2, products=2, estimates=1, gap=1, chunks=2, chunk=15, truths=1)
 _QUICK_BATCH = 2
 
 
@@ -185,7 +185,8 @@ def plain(family: Family) -> Trainer:
 
 def catapult(family: Family) -> Trainer:
     def build(model: nn.Module, criterion: nn.Module) -> CatapultSGD:
-        return CatapultSGD(model.parameters(), model=model, criterion=criterion)
+        # The defaults, but for biases at the rate of the rest: the truth compared with is that of the plain curvature.
+        return CatapultSGD(model.parameters(), model=model, criterion=criterion, policy=CatapultPolicy(vectors=1.0))
 
     return Trainer(family, build)
 

@@ -58,11 +58,11 @@ class World:
         return CriticalLR(0.5, 4.0, None, 0.0, 1, True), [torch.zeros_like(p) for p in params]
 
     def read(self, tensors: list[Tensor]) -> list[float]:
-        """The losses 1, 2, 3, ... in the order they are read."""
+        """The losses 1, 1/2, 1/3, ... in the order they are read."""
         assert all(t.is_meta and t.dim() == 0 for t in tensors)
         self.reads.append(len(tensors))
         self.values += len(tensors)
-        return [float(self.values - len(tensors) + 1 + i) for i in range(len(tensors))]
+        return [1.0 / (self.values - len(tensors) + 1 + i) for i in range(len(tensors))]
 
 
 @pytest.fixture
@@ -134,9 +134,9 @@ MAKERS = {
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("name", list(MAKERS))
 def test_hot_path_stays_on_the_device(name: str, accumulate: int, world: World) -> None:
-    measured = Loop(MAKERS[name], accumulate).run(12, world)
+    measured = Loop(MAKERS[name], accumulate).run(60, world)
     assert measured[0]
-    assert 2 <= sum(measured) <= 4, "most steps are not measured"
+    assert 2 <= sum(measured) <= 15, "most steps are not measured"
 
 
 def test_monitor_reads_losses_at_measured_steps_only(world: World, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_monitor_reads_losses_at_measured_steps_only(world: World, tmp_path: Pat
     assert world.reads == [1, 5, 5, 2, 1]
     log = read_log(path)
     assert log.column("step") == list(range(1, 15))
-    assert log.column("loss") == [float(i) for i in range(1, 15)]
+    assert log.column("loss") == [1.0 / i for i in range(1, 15)]
     assert log.metric("val_loss") == {13: 0.1}
 
 
@@ -172,8 +172,7 @@ def test_optimizer_reads_one_loss_a_step_until_it_settles(world: World) -> None:
     loop = Loop(sgd(policy=CatapultPolicy(total_steps=20, settle=0.5, measure_settled=4, measure_armed=100)))
     loop.run(20, world)
     assert world.reads[:10] == [1] * 10
-    assert max(world.reads[10:]) == 5, "a tenth of the steps averaged over"
-    assert len(world.reads) <= 15
+    assert world.reads[10:] == [1, 1, 2, 4], "measured 1, 2, 4 steps on"
 
 
 def test_state_dict_and_counts_are_of_the_present_step(world: World) -> None:
