@@ -399,7 +399,72 @@ class Session:
         self._previous = batch
 
 
-class CatapultMonitor:
+class Beside:
+    """What a face that stands beside somebody's optimizer shows, and its hook on the step."""
+
+    _session: Session
+
+    @property
+    def criterion(self) -> nn.Module | None:
+        """The criterion whose calls are observed: a plain function given as criterion must be called through this."""
+        return self._session.criterion
+
+    @property
+    def engine(self) -> str:
+        """How curvature is measured; empty until the first measured step has decided it."""
+        return self._session.engine
+
+    @property
+    def last(self) -> CriticalLR | None:
+        """The last measurement: of that step's batch, at the weights before its update."""
+        return self._session.last
+
+    @property
+    def super_critical_steps(self) -> int:
+        """Measured steps with eta - eta_crit > 1e-8: the thesis' count of catapults in SGD."""
+        return self._session.counter.super_critical_steps
+
+    @property
+    def catapults(self) -> int:
+        """Episodes completed: rise from a super-critical start, peak, return with a lower lambda_max."""
+        return self._session.counter.catapults
+
+    @property
+    def collapses(self) -> int:
+        """Times the curvature vanished (dead units)."""
+        return self._session.counter.collapses
+
+    @property
+    def measured_steps(self) -> int:
+        return self._session.counter.measured_steps
+
+    def log_metrics(self, **values: float) -> None:
+        """Log metrics at the present step, e.g. val_loss=0.3; names that start with `val` rank runs in the report."""
+        self._session.log_metrics(values)
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Observe now, or right after the closure where forward and backward run inside step(closure)."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if closure is None:
+            self._observe(optimizer)
+            return None
+
+        def observed() -> Any:
+            loss = closure()
+            with torch.no_grad():
+                self._observe(optimizer)
+            return loss
+
+        rest = {name: value for name, value in kwargs.items() if name != "closure"}
+        return (args[0], observed), rest
+
+    def _observe(self, optimizer: Optimizer) -> None:
+        raise NotImplementedError
+
+
+class CatapultMonitor(Beside):
     """Watch a training: measure critical rates, count catapults, write the run log; change nothing.
 
     The training with a monitor is bit-identical to the one without. The measured steps cost about one to five extra
@@ -466,66 +531,10 @@ class CatapultMonitor:
         self._vector: Vector | None = None
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
-    @property
-    def criterion(self) -> nn.Module | None:
-        """The criterion whose calls are observed: a plain function given as criterion must be called through this."""
-        return self._session.criterion
-
-    @property
-    def engine(self) -> str:
-        """How curvature is measured; empty until the first measured step has decided it."""
-        return self._session.engine
-
-    @property
-    def last(self) -> CriticalLR | None:
-        """The last measurement: of that step's batch, at the weights before its update."""
-        return self._session.last
-
-    @property
-    def super_critical_steps(self) -> int:
-        """Measured steps with eta - eta_crit > 1e-8: the thesis' count of catapults in SGD."""
-        return self._session.counter.super_critical_steps
-
-    @property
-    def catapults(self) -> int:
-        """Episodes completed: rise from a super-critical start, peak, return with a lower lambda_max."""
-        return self._session.counter.catapults
-
-    @property
-    def collapses(self) -> int:
-        """Times the curvature vanished (dead units)."""
-        return self._session.counter.collapses
-
-    @property
-    def measured_steps(self) -> int:
-        return self._session.counter.measured_steps
-
-    def log_metrics(self, **values: float) -> None:
-        """Log metrics at the present step, e.g. val_loss=0.3; names that start with `val` rank runs in the report."""
-        self._session.log_metrics(values)
-
     def detach(self) -> None:
         """Stop watching: remove the hooks, close the log."""
         self._handle.remove()
         self._session.detach()
-
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Observe now, or right after the closure where forward and backward run inside step(closure)."""
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-        if closure is None:
-            self._observe(optimizer)
-            return None
-
-        def observed() -> Any:
-            loss = closure()
-            with torch.no_grad():
-                self._observe(optimizer)
-            return loss
-
-        rest = {name: value for name, value in kwargs.items() if name != "closure"}
-        return (args[0], observed), rest
 
     def _observe(self, optimizer: Optimizer) -> None:
         if self._session.saw_nothing():

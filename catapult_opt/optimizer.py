@@ -223,9 +223,11 @@ class CatapultSGD(Optimizer):
         matrices it would spoil each of them (`CatapultPolicy.vectors`). 1 without a controller, and for a model that
         has no matrices at all.
         """
-        if self._machine is None or self._session is None or p.ndim >= 2:
+        if self._machine is None or p.ndim >= 2:
             return 1.0
-        return self._machine.policy.vectors if any(q.ndim >= 2 for q in self._session.params) else 1.0
+        # Lazily: this is asked for every vector of every step, and the first matrix answers it.
+        matrices = (q.ndim >= 2 and q.requires_grad for group in self.param_groups for q in group["params"])
+        return self._machine.policy.vectors if any(matrices) else 1.0
 
     def log_metrics(self, **values: float) -> None:
         """Log metrics at the present step, e.g. val_loss=0.3; names that start with `val` rank runs in the report."""

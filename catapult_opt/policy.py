@@ -147,14 +147,7 @@ class Catapulter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._state = _State(**state)
 
-    def update(
-        self,
-        *,
-        step: int,
-        loss: float,
-        eta_crit: float | None = None,
-        smoothing: int = 1,
-    ) -> Decision:
+    def update(self, *, step: int, loss: float, eta_crit: float | None = None, smoothing: int = 1) -> Decision:
         """Decide on the rate of this step.
 
         Args:

@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 
 from .bases import check_supported, next_update
 from .curvature.vectors import Vector
-from .measure import CriticalLR
-from .monitor import Session, plain_settings
+from .monitor import Beside, Session, plain_settings
 from .policy import Catapulter, CatapultPolicy, Decision
 from .scaling import LossScaler
 
@@ -23,7 +22,7 @@ _BASE = "catapult_base_lr"  # what a group's lr is relative to
 _VELOCITIES = ("momentum_buffer", "exp_avg")
 
 
-class CatapultLR:
+class CatapultLR(Beside):
     """Drives the rate of a torch optimizer: above the critical one of its own update, so that the loss catapults.
 
     The optimizer keeps its name, its state and its place in the loop; nothing has to be called. For the time of each
@@ -107,33 +106,9 @@ class CatapultLR:
         ]
 
     @property
-    def criterion(self) -> nn.Module | None:
-        """The criterion whose calls are observed: a plain function given as criterion must be called through this."""
-        return self._session.criterion
-
-    @property
-    def last(self) -> CriticalLR | None:
-        """The last measurement: of that step's batch, at the weights before its update."""
-        return self._session.last
-
-    @property
-    def super_critical_steps(self) -> int:
-        """Measured steps with eta - eta_crit > 1e-8: the thesis' count of catapults in SGD."""
-        return self._session.counter.super_critical_steps
-
-    @property
-    def catapults(self) -> int:
-        """Episodes completed: rise from a super-critical start, peak, return with a lower lambda_max."""
-        return self._session.counter.catapults
-
-    @property
     def phase(self) -> str:
         """What the policy is doing: "arm", "hot", "cool", "settle" ("start" before the first step)."""
         return self._machine.phase
-
-    def log_metrics(self, **values: float) -> None:
-        """Log metrics at the present step, e.g. val_loss=0.3; names that start with `val` rank runs in the report."""
-        self._session.log_metrics(values)
 
     def detach(self) -> None:
         """Leave the optimizer to itself, at its own lr: remove the hooks, close the log."""
@@ -165,23 +140,11 @@ class CatapultLR:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Decide now, or right after the closure where forward and backward run inside step(closure)."""
         self._after_step(optimizer, args, kwargs)  # of a step that failed halfway
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-        if closure is None:
-            self._decide(optimizer)
-            return None
-
-        def observed() -> Any:
-            loss = closure()
-            with torch.no_grad():
-                self._decide(optimizer)
-            return loss
-
-        return (args[0], observed), {name: value for name, value in kwargs.items() if name != "closure"}
+        return super()._before_step(optimizer, args, kwargs)
 
     @torch.no_grad()
-    def _decide(self, optimizer: Optimizer) -> None:
+    def _observe(self, optimizer: Optimizer) -> None:
         session, machine = self._session, self._machine
         if session.saw_nothing() and all(float(g["lr"]) == 0 for g in optimizer.param_groups):
             return  # the call of an initialiser of states

@@ -91,12 +91,10 @@ def _run_schedule(setting: Setting, case: Case, data: Data) -> Result:
     return {**found, "catapults": len(episodes(losses, 0.2))}
 
 
-def _by_increases(records: Sequence[Record], task: str, name: str) -> dict[Any, list[float]]:
+def _by(records: Sequence[Record], task: str, factor: str, key: str) -> dict[Any, list[float]]:
+    """A task's results ``key``, over its seeds, for every value of a factor of the cases."""
     chosen = _pick(records, task)
-    return {
-        increases: [r["result"][name] for r in chosen if r["case"]["increases"] == increases]
-        for increases in _names(chosen, "increases")
-    }
+    return {value: [r["result"][key] for r in chosen if r["case"][factor] == value] for value in _names(chosen, factor)}
 
 
 def _judge_schedule(setting: Setting, records: list[Record]) -> Verdict:
@@ -105,7 +103,7 @@ def _judge_schedule(setting: Setting, records: list[Record]) -> Verdict:
     for task in _names(records):
         measure = "test_error" if "test_error" in _pick(records, task)[0]["result"] else "test_loss"
         label = measure.replace("_", " ")
-        loss, features, spikes = (_by_increases(records, task, key) for key in (measure, "alignment", "catapults"))
+        loss, features, spikes = (_by(records, task, "increases", key) for key in (measure, "alignment", "catapults"))
         steps = [increases for increases in loss if increases != _NEAR_ZERO]
         # By the catapults that were counted: an increase of the rate need not make one.
         counts, losses, alignments = ([v for i in steps for v in by[i]] for by in (spikes, loss, features))
@@ -135,7 +133,7 @@ def _rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
 def _judge_near_zero(setting: Setting, records: list[Record]) -> Verdict:
     passed, failures, texts = [], [], []
     for task in _names(records):
-        loss, features = (_by_increases(records, task, key) for key in ("test_loss", "alignment"))
+        loss, features = (_by(records, task, "increases", key) for key in ("test_loss", "alignment"))
         others = [increases for increases in loss if increases != _NEAR_ZERO]
         if len(others) == len(loss):
             continue
@@ -156,7 +154,7 @@ def _judge_near_zero(setting: Setting, records: list[Record]) -> Verdict:
 def _judge_full_rank(setting: Setting, records: list[Record]) -> Verdict:
     """Holds if no number of increases improves the test loss or the alignment by more than 5 % of its first value."""
     loss, features, spikes = (
-        _by_increases(records, "full-rank", key) for key in ("test_loss", "alignment", "catapults")
+        _by(records, "full-rank", "increases", key) for key in ("test_loss", "alignment", "catapults")
     )
     first, *more = loss
     better = [
@@ -181,7 +179,7 @@ def _judge_validation(setting: Setting, records: list[Record]) -> Verdict:
     """Figure C.13: the validation loss falls below what it was before, after every catapult."""
     passed, texts = [], []
     for task in _names(records):
-        best = _by_increases(records, task, "val_loss")
+        best = _by(records, task, "increases", "val_loss")
         steps = [i for i in best if i != _NEAR_ZERO]
         order = float(spearmanr(steps, [float(np.mean(best[i])) for i in steps]).statistic)
         passed.append(order <= -0.7)
@@ -194,7 +192,7 @@ def _draw_schedule(records: list[Record], figure: Figure) -> None:
     figure.set_size_inches(9, 3.2 * len(names))
     for row, task in zip(figure.subplots(len(names), 3, squeeze=False), names, strict=True):
         for ax, (key, label) in zip(row, (("test_loss", "test loss"), ("alignment", "AGOP alignment")), strict=False):
-            found = _by_increases(records, task, key)
+            found = _by(records, task, "increases", key)
             positions = range(len(found))
             spread = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in found.values()]
             ax.errorbar(positions, [np.mean(v) for v in found.values()], spread, marker="o", capsize=3)
@@ -308,18 +306,10 @@ def _run_optimizer(setting: Setting, case: Case, data: Data) -> Result:
     return train(model, task, optimizer, source, steps=steps, evaluate_every=setting["evaluate_every"])
 
 
-def _by_optimizer(records: Sequence[Record], task: str, key: str) -> dict[str, list[float]]:
-    chosen = _pick(records, task)
-    return {
-        name: [r["result"][key] for r in chosen if r["case"]["optimizer"] == name]
-        for name in _names(chosen, "optimizer")
-    }
-
-
 def _judge_correlation(setting: Setting, records: list[Record]) -> Verdict:
     passed, failures, texts = [], [], []
     for task in _names(records):
-        loss, features = _by_optimizer(records, task, "test_loss"), _by_optimizer(records, task, "alignment")
+        loss, features = _by(records, task, "optimizer", "test_loss"), _by(records, task, "optimizer", "alignment")
         finite = [name for name in loss if np.isfinite(loss[name]).all() and np.isfinite(features[name]).all()]
         a, b = ([float(np.mean(values[name])) for name in finite] for values in (features, loss))
         r = float(np.corrcoef(a, b)[0, 1]) if len(finite) > 2 else math.nan
@@ -338,7 +328,7 @@ def _judge_correlation(setting: Setting, records: list[Record]) -> Verdict:
 def _judge_trains(setting: Setting, records: list[Record]) -> Verdict:
     passed, failures, texts = [], [], []
     for task in _names(records):
-        loss = _by_optimizer(records, task, "train_loss")
+        loss = _by(records, task, "optimizer", "train_loss")
         for name, values in loss.items():
             passed.append(bool(np.isfinite(values).all()) and max(values) < 0.1)
             if not passed[-1]:
@@ -350,7 +340,7 @@ def _judge_trains(setting: Setting, records: list[Record]) -> Verdict:
 def _draw_optimizers(records: list[Record], figure: Figure) -> None:
     names = _names(records)
     for ax, task in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        loss, features = _by_optimizer(records, task, "test_loss"), _by_optimizer(records, task, "alignment")
+        loss, features = _by(records, task, "optimizer", "test_loss"), _by(records, task, "optimizer", "alignment")
         for name in loss:
             ax.plot(features[name], loss[name], "o", label=name)
         ax.set(title=task, xlabel="AGOP alignment", ylabel="test loss")
