@@ -1,0 +1,354 @@
+"""The optimizers of the generalization benchmark, and the controls that tell what of a catapult it is that pays.
+
+A contender is an entry of `CONTENDERS`. The controls are built on the package's public interface: the controller (or
+the monitor) sets or reads what it always does, and a hook registered after its own has the last word on the rate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import inspect
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+
+from catapult_opt import CatapultLR, CatapultMonitor, CatapultPolicy, CatapultSGD, policy
+
+BELOW = 0.95  # the cap of the control that may not go above the critical rate, in critical rates
+
+
+@dataclass
+class Setup:
+    """What a contender is built for."""
+
+    model: nn.Module
+    criterion: nn.Module
+    steps: int
+    seed: int = 0
+    lr: float | None = None  # of a tuned contender
+    given: Any = None  # what a control takes over from the run of CatapultSGD with the same seed
+    policy: dict[str, Any] = field(default_factory=dict)  # changes to the default policy
+
+    def catapult_policy(self, **settings: Any) -> CatapultPolicy:
+        return CatapultPolicy(**{**settings, **self.policy})
+
+
+class Driver:
+    """An optimizer in a training loop: `step` after each backward pass, `evaluated` for the model to look at.
+
+    Args:
+        optimizer: stepped.
+        scheduler: stepped after it.
+        averager: with `step()` and `averaged_model`, which is then what is evaluated.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Any, scheduler: LRScheduler | None = None, averager: Any = None
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self._scheduler, self._averager = scheduler, averager
+
+    def step(self, loss: float) -> None:
+        self.optimizer.step()
+        if self._scheduler is not None:
+            self._scheduler.step()
+        if self._averager is not None:
+            self._averager.step()
+
+    @property
+    def rate(self) -> float | None:
+        """Of the last step."""
+        group = self.optimizer.param_groups[0]
+        return float(group["effective_lr"]) if "effective_lr" in group else float(group["lr"])
+
+    @property
+    def observer(self) -> Any:
+        """Who counts catapults and measured steps, if anybody."""
+        return self.optimizer if isinstance(self.optimizer, CatapultSGD) else None
+
+    @contextlib.contextmanager
+    def evaluated(self) -> Iterator[nn.Module]:
+        yield self.model if self._averager is None else self._averager.averaged_model
+
+
+class ScheduleFree(Driver):
+    """Its weights to be evaluated are other ones than those it trains at."""
+
+    @contextlib.contextmanager
+    def evaluated(self) -> Iterator[nn.Module]:
+        self.optimizer.eval()
+        yield self.model
+        self.optimizer.train()
+
+
+class Controlled(Driver):
+    """Plain SGD whose rate of the coming step is set by a rule, on top of an observer that measures every step.
+
+    Args:
+        setup: for what.
+        observe: makes the observer; its hook on the optimizer runs first.
+        rule: (rate so far, critical rate of this very step, loss) -> rate of this step.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        observe: Callable[[SGD], CatapultMonitor | CatapultLR],
+        rule: Callable[[float, float, float], float],
+    ) -> None:
+        super().__init__(setup.model, SGD(proportioned(setup.model, setup.catapult_policy().vectors), lr=1.0))
+        self._observer, self._rule = observe(self.optimizer), rule
+        self._parts = [group["lr"] for group in self.optimizer.param_groups]
+        self._rate, self._loss = 0.0, math.nan
+        self.optimizer.register_step_pre_hook(self._have_the_last_word)
+
+    def step(self, loss: float) -> None:
+        self._loss = loss
+        super().step(loss)
+
+    @property
+    def rate(self) -> float:
+        return self._rate
+
+    @property
+    def observer(self) -> CatapultMonitor | CatapultLR:
+        return self._observer
+
+    def _have_the_last_word(self, optimizer: Optimizer, *_: Any) -> None:
+        found = self._observer.last
+        assert found is not None
+        before = optimizer.param_groups[0]["lr"] / self._parts[0]
+        # Without any curvature the critical rate is infinite, and no rule for a rate.
+        self._rate = self._rule(before, found.eta_crit, self._loss) if math.isfinite(found.eta_crit) else self._rate
+        for group, part in zip(optimizer.param_groups, self._parts, strict=True):
+            group["lr"] = self._rate * part
+
+
+def proportioned(model: nn.Module, vectors: float) -> list[dict[str, Any]]:
+    """Groups in which biases and other vectors move at that part of the matrices' rate, as under CatapultSGD."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "lr": 1.0}, {"params": others, "lr": vectors}]
+    return [group for group in groups if group["params"]]
+
+
+Build = Callable[[Setup], Driver]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer in the comparison."""
+
+    name: str
+    label: str
+    build: Build
+    settings: dict[str, Any]  # all that makes a run of it another one, for the key under which it is kept
+    kind: str  # "sgd" or "other" (baselines), "catapult", or "control"
+    start: Callable[[bool, float], float] | None = None  # (NTK net?, critical rate at the start) -> where a grid begins
+    after: str | None = None  # another contender, at whose best rate the grid begins
+    follows: Callable[[dict[str, Any]], Any] | None = None  # record of CatapultSGD's run -> what the control is given
+    package: str | None = None  # of the extra bench
+
+    @property
+    def tuned(self) -> bool:
+        return self.start is not None or self.after is not None
+
+    def missing(self) -> str | None:
+        """What to do if the package is not installed."""
+        if self.package is None or importlib.util.find_spec(self.package):
+            return None
+        return f"{self.label} is left out: {self.package} is missing (pip install --no-deps -r constraints-bench.txt)"
+
+
+def _sgd(setup: Setup, *, momentum: float = 0.0, cosine: bool = False) -> Driver:
+    optimizer = SGD(setup.model.parameters(), lr=setup.lr, momentum=momentum)
+    return Driver(setup.model, optimizer, CosineAnnealingLR(optimizer, setup.steps) if cosine else None)
+
+
+def _adamw(setup: Setup, *, cosine: bool = False) -> Driver:
+    optimizer = AdamW(setup.model.parameters(), lr=setup.lr)
+    return Driver(setup.model, optimizer, CosineAnnealingLR(optimizer, setup.steps) if cosine else None)
+
+
+def _prodigy(setup: Setup, *, cosine: bool = False) -> Driver:
+    from prodigyopt import Prodigy
+
+    optimizer = Prodigy(setup.model.parameters())
+    return Driver(setup.model, optimizer, CosineAnnealingLR(optimizer, setup.steps) if cosine else None)
+
+
+def _dog(setup: Setup) -> Driver:
+    from dog import DoG, PolynomialDecayAverager
+
+    return Driver(setup.model, DoG(setup.model.parameters()), averager=PolynomialDecayAverager(setup.model))
+
+
+def _schedule_free(setup: Setup, *, kind: str) -> Driver:
+    import schedulefree
+
+    optimizer = getattr(schedulefree, kind)(setup.model.parameters())
+    optimizer.train()
+    return ScheduleFree(setup.model, optimizer)
+
+
+def _catapult(setup: Setup, *, momentum: float = 0.0, length: bool = False) -> Driver:
+    settings = setup.catapult_policy(**({"total_steps": setup.steps} if length else {}))
+    optimizer = CatapultSGD(
+        setup.model.parameters(), model=setup.model, criterion=setup.criterion, momentum=momentum, policy=settings
+    )
+    return Driver(setup.model, optimizer)
+
+
+def _capped(setup: Setup) -> Driver:
+    """CatapultSGD's controller, whose rate is cut to just below the critical one of every step."""
+
+    def control(optimizer: SGD) -> CatapultLR:
+        settings = setup.catapult_policy()
+        return CatapultLR(optimizer, model=setup.model, criterion=setup.criterion, policy=settings, every=1)
+
+    return Controlled(setup, control, lambda decided, eta_crit, _: min(decided, BELOW * eta_crit))
+
+
+def _watched(setup: Setup) -> Callable[[SGD], CatapultMonitor]:
+    return lambda optimizer: CatapultMonitor(optimizer, model=setup.model, criterion=setup.criterion)
+
+
+def _mean_rate(setup: Setup) -> Driver:
+    """The mean of the rates that CatapultSGD applied, all the way."""
+    groups = proportioned(setup.model, setup.catapult_policy().vectors)
+    optimizer = SGD([{**group, "lr": group["lr"] * setup.given} for group in groups], lr=setup.given)
+    return Driver(setup.model, optimizer)
+
+
+def _tracking(setup: Setup) -> Driver:
+    """A fixed multiple of the critical rate of every step (as CDAT does, Roulet et al. 2024), the multiple tuned."""
+    assert setup.lr is not None
+    return Controlled(setup, _watched(setup), lambda _, eta_crit, loss: setup.lr * eta_crit)  # type: ignore[operator]
+
+
+class RandomSpikes:
+    """As many raised rates as CatapultSGD had, each as long, at random times; in between as when it cools.
+
+    In a spike the rate is held at kappa * eta_crit of its first step (and at most that of the present one), and it
+    ends early above the policy's ceiling, as CatapultSGD's do. What is missing is its timing: that waits for the loss
+    to be back, and cools once the spike has paid.
+    """
+
+    def __init__(self, lengths: list[int], steps: int, settings: CatapultPolicy, seed: int) -> None:
+        self._policy = settings
+        self.raised = place(lengths, steps, random.Random(seed))
+        self._step, self._held, self._first = 0, math.inf, math.nan
+
+    def __call__(self, _: float, eta_crit: float, loss: float) -> float:
+        p = self._policy
+        if self._step == 0:
+            self._first = loss
+        spike = self.raised[self._step]
+        begins = spike is not None and (self._step == 0 or self.raised[self._step - 1] != spike)
+        self._step += 1
+        if begins:
+            self._held = p.kappa * eta_crit
+        if loss > p.ceiling * self._first:
+            self._held = 0.0
+        if spike is None or not self._held:
+            return p.cool * eta_crit
+        return min(self._held, p.kappa * eta_crit)
+
+
+def place(lengths: list[int], steps: int, rng: random.Random) -> list[int | None]:
+    """For every step the number of the spike it lies in, or None: the spikes in random order, with random gaps."""
+    order = rng.sample(range(len(lengths)), len(lengths))
+    free = steps - sum(lengths)
+    cuts = sorted(rng.randint(0, free) for _ in order)
+    gaps = [b - a for a, b in zip([0, *cuts], [*cuts, free], strict=True)]
+    out: list[int | None] = []
+    for gap, spike in zip(gaps, order, strict=False):
+        out += [None] * gap + [spike] * lengths[spike]
+    return out + [None] * gaps[-1]
+
+
+def _random_spikes(setup: Setup) -> Driver:
+    rule = RandomSpikes(setup.given, setup.steps, setup.catapult_policy(), setup.seed)
+    return Controlled(setup, _watched(setup), rule)
+
+
+@functools.cache
+def _controller() -> dict[str, Any]:
+    """What decides in CatapultSGD: the default settings, and the machine itself. Other runs are not ours any more."""
+    code = hashlib.sha256(inspect.getsource(policy).encode()).hexdigest()[:12]
+    return {"policy": dataclasses.asdict(CatapultPolicy()), "code": code}
+
+
+def _baseline(name: str, label: str, kind: str, build: Callable[..., Driver], **extra: Any) -> Contender:
+    settings = extra.pop("settings", {})
+    return Contender(name, label, functools.partial(build, **settings), settings, kind, **extra)
+
+
+def _own(name: str, label: str, kind: str, build: Callable[..., Driver], **extra: Any) -> Contender:
+    contender = _baseline(name, label, kind, build, **extra)
+    return dataclasses.replace(contender, settings={**contender.settings, **_controller()})
+
+
+def _half_critical(_: bool, eta_crit: float) -> float:
+    return eta_crit / 2
+
+
+def _momentum_start(_: bool, eta_crit: float) -> float:
+    return eta_crit / 8
+
+
+def _adam_start(ntk: bool, _: float) -> float:
+    # Weights of size 1 want other steps than those of size 1 / sqrt(width).
+    return 0.125 if ntk else 0.004
+
+
+CONTENDERS: dict[str, Contender] = {
+    c.name: c
+    for c in (
+        _baseline("sgd", "SGD", "sgd", _sgd, start=_half_critical),
+        _baseline("sgd-cosine", "SGD, cosine", "sgd", _sgd, settings={"cosine": True}, after="sgd"),
+        _baseline("momentum", "SGD .9", "sgd", _sgd, settings={"momentum": 0.9}, start=_momentum_start),
+        _baseline(
+            "momentum-cosine", "SGD .9, cosine", "sgd", _sgd,
+            settings={"momentum": 0.9, "cosine": True}, after="momentum",
+        ),
+        _baseline("adamw", "AdamW", "other", _adamw, start=_adam_start),
+        _baseline("adamw-cosine", "AdamW, cosine", "other", _adamw, settings={"cosine": True}, after="adamw"),
+        _baseline("prodigy", "Prodigy", "other", _prodigy, package="prodigyopt"),
+        _baseline(
+            "prodigy-cosine", "Prodigy, cosine", "other", _prodigy, settings={"cosine": True}, package="prodigyopt"
+        ),
+        _baseline("dog", "DoG, averaged", "other", _dog, package="dog"),
+        _baseline(
+            "schedule-free", "Schedule-Free AdamW", "other", _schedule_free,
+            settings={"kind": "AdamWScheduleFree"}, package="schedulefree",
+        ),
+        _baseline(
+            "schedule-free-sgd", "Schedule-Free SGD", "other", _schedule_free,
+            settings={"kind": "SGDScheduleFree"}, package="schedulefree",
+        ),
+        _own("catapult", "CatapultSGD", "catapult", _catapult),
+        _own("catapult-T", "CatapultSGD, total_steps", "catapult", _catapult, settings={"length": True}),
+        _own("catapult-m", "CatapultSGD .9", "catapult", _catapult, settings={"momentum": 0.9}),
+        _own(
+            "catapult-m-T", "CatapultSGD .9, total_steps", "catapult", _catapult,
+            settings={"momentum": 0.9, "length": True},
+        ),
+        _own("capped", f"controller capped at {BELOW:g} eta_crit", "control", _capped),
+        _own("mean-rate", "constant, CatapultSGD's mean rate", "control", _mean_rate, follows=lambda r: r["mean_rate"]),
+        _own(
+            "random-spikes", "spikes at random times", "control", _random_spikes, follows=lambda r: r["raised"]
+        ),
+        _own("tracking", "kappa eta_crit tracked, tuned", "control", _tracking, start=lambda *_: 1.0),
+    )
+}  # fmt: skip

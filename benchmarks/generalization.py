@@ -1,0 +1,193 @@
+"""Which optimizer generalises best, CatapultSGD untuned or the others tuned: `python benchmarks/generalization.py`.
+
+Tasks (benchmarks/tasks.py) x optimizers (benchmarks/contenders.py) x seeds:
+
+* tuned baselines: the rate of the lowest validation loss (mean of seeds 0 to 2) on a grid of factor 2, which is
+  extended until the best rate lies inside;
+* CatapultSGD, Prodigy, DoG and Schedule-Free with nothing set;
+* reported on ten fresh seeds (3 to 12). A seed fixes data, initial weights and the order of the batches for
+  everybody, so that differences are paired; the table marks whether their bootstrap interval is clear of zero;
+* the test metric at the best validation loss (as validation picks the checkpoint) and at the last step. A run that
+  diverges counts as worse than any other, and is shown;
+* at equal steps, and in the CPU time that the tuned SGD took (measuring counts, evaluating does not);
+* controls, which leave out a part of what CatapultSGD does: --optimizers controls.
+
+    python benchmarks/generalization.py --data DIR --out runs/generalization       # hours on one core
+    python benchmarks/generalization.py --data DIR --out runs/generalization --report --details
+    python benchmarks/generalization.py --quick                                    # a smoke run, seconds
+
+Every finished run is a line in OUT/runs.jsonl, and is never done twice: a benchmark that was stopped goes on where it
+was. Runs of other settings, or of CatapultSGD with another policy, stay in the file and out of the table. Rank tasks
+need no data; the data sets are read by catapult_opt.analysis.datasets, which says of a missing one how to get it.
+The packages of Prodigy, DoG and Schedule-Free: pip install --no-deps -r constraints-bench.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import CONTENDERS
+from protocol import Plan, Record, Results, Run, train
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from summary import details, plot, table
+from tasks import DEFAULT, TASKS, Task
+
+from catapult_opt import CatapultPolicy
+from catapult_opt.analysis.datasets import DataError
+
+# Left out unless asked for: variants that add little.
+_EXTRA = ("prodigy-cosine", "schedule-free-sgd")
+GROUPS = {
+    "baselines": [c.name for c in CONTENDERS.values() if c.kind in ("sgd", "other") and c.name not in _EXTRA],
+    "catapults": [c.name for c in CONTENDERS.values() if c.kind == "catapult"],
+    "controls": [c.name for c in CONTENDERS.values() if c.kind == "control"],
+}
+QUICK_TASK = dataclasses.replace(TASKS["rank2"], name="quick", width=16, train=40, d=5, steps=30, val=40, test=40)
+Tick = Callable[[Run, Record], None]
+
+
+def run_all(plan: Plan, results: Results, jobs: int, notes: Console) -> None:
+    """Run what is missing, task by task."""
+    columns = (
+        TextColumn("{task.description:<15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[state]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=notes) as progress:
+        for task in plan.tasks:
+            bar = progress.add_task(task.name, total=None, state="")
+
+            def tick(run: Run, record: Record, bar: Any = bar) -> None:
+                rate = "" if run.lr is None else f" at {run.lr:.3g}"
+                progress.update(bar, advance=1, state=f"{run.contender}{rate}, seed {run.seed}")
+
+            done = 0
+            while runs := plan.missing(task, results):
+                progress.update(bar, total=done + len(runs))
+                for _ in run_some(runs, plan.folder, results, jobs, tick):
+                    done += 1
+            progress.update(bar, total=max(1, done), completed=max(1, done), state="finished")
+
+
+def run_some(runs: list[Run], folder: Path | None, results: Results, jobs: int, tick: Tick) -> Iterator[Record]:
+    """Run these, and keep every record as soon as it is there."""
+    finished = map(partial(_finished, folder), runs) if jobs == 1 else _side_by_side(runs, folder, jobs)
+    for run, record in finished:
+        results.add(record)
+        tick(run, record)
+        yield record
+
+
+def _finished(folder: Path | None, run: Run) -> tuple[Run, Record]:
+    return run, train(run, folder)
+
+
+def _side_by_side(runs: list[Run], folder: Path | None, jobs: int) -> Iterator[tuple[Run, Record]]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting: set[Future[tuple[Run, Record]]] = {pool.submit(_finished, folder, run) for run in runs}
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+
+
+def chosen_tasks(names: list[str], large: bool) -> tuple[Task, ...]:
+    if "all" in names:
+        names = list(TASKS)
+    tasks = DEFAULT if names == ["default"] else tuple(TASKS[name] for name in names)
+    return tuple(task.enlarged() for task in tasks) if large else tasks
+
+
+def chosen_contenders(names: list[str], notes: Console) -> tuple[str, ...]:
+    chosen: list[str] = []
+    for name in names:
+        chosen += [n for n in GROUPS.get(name, [name]) if n not in chosen]
+    for problem in (CONTENDERS[n].missing() for n in chosen):
+        if problem:
+            notes.print(problem, markup=False)
+    return tuple(n for n in chosen if CONTENDERS[n].missing() is None)
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    """3-12 or 3,4,7"""
+    first, dash, last = text.partition("-")
+    return tuple(range(int(first), int(last) + 1)) if dash else tuple(int(s) for s in text.split(","))
+
+
+def policy_change(text: str) -> tuple[str, Any]:
+    """NAME=VALUE"""
+    name, _, value = text.partition("=")
+    changed = {name: ast.literal_eval(value)}
+    CatapultPolicy(**changed)
+    return name, changed[name]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks, contenders = ["default", "all", *TASKS], [*GROUPS, *CONTENDERS]
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with the data sets")
+    parser.add_argument("--out", type=Path, default=Path("runs/generalization"), help="folder (default: %(default)s)")
+    parser.add_argument("--tasks", nargs="+", default=["default"], choices=tasks, metavar="NAME", help=", ".join(tasks))
+    parser.add_argument(
+        "--optimizers", nargs="+", default=["baselines", "catapults"], choices=contenders, metavar="NAME",
+        help=f"{', '.join(contenders)} (default: baselines catapults)",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=seeds, default=Plan.report_seeds, help="to report on (default: 3-12)")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, a core each (default: 1)")
+    parser.add_argument("--large", action="store_true", help="nets 4 times as wide, twice the samples and steps")
+    parser.add_argument(
+        "--policy", nargs="+", type=policy_change, default=[], metavar="NAME=VALUE",
+        help="change the settings of CatapultPolicy, such as kappa=3",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true", help="smoke run on a tiny task: every path, no figure worth quoting"
+    )
+    parser.add_argument("--report", action="store_true", help="run nothing, show what is there")
+    parser.add_argument("--details", action="store_true", help="also a table for each task, with every optimizer")
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    torch.set_num_threads(1)
+    # Not a terminal: wide enough for one line a row.
+    console, notes = Console(width=None if sys.stdout.isatty() else 180), Console(stderr=True)
+    plan = Plan(
+        (QUICK_TASK,) if options.quick else chosen_tasks(options.tasks, options.large),
+        chosen_contenders(options.optimizers, notes),
+        tuning_seeds=(0,) if options.quick else Plan.tuning_seeds,
+        report_seeds=(3, 4) if options.quick else options.seeds,
+        policy=dict(options.policy),
+        folder=options.data,
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = Results(options.out / "runs.jsonl")
+    if not options.report:
+        try:
+            run_all(plan, results, options.jobs, notes)
+        except DataError as error:
+            notes.print(f"{error}", markup=False)
+            return 1
+    console.print(table(plan, results))
+    for task in plan.tasks if options.details else ():
+        console.print(details(plan, task, results))
+    try:
+        plot(plan, results, options.out / "generalization.png")
+        picture = f"picture: {options.out / 'generalization.png'}"
+    except ImportError:
+        picture = "no picture without matplotlib (pip install 'catapult_opt[plot]')"
+    console.print(f"{len(results.records)} runs in {results.path}; {picture}", markup=False, highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
