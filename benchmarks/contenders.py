@@ -6,6 +6,7 @@ the monitor) sets or reads what it always does, and a hook registered after its 
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -22,7 +23,17 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from catapult_opt import CatapultLR, CatapultMonitor, CatapultPolicy, CatapultSGD, policy
+from catapult_opt import (
+    CatapultLR,
+    CatapultMonitor,
+    CatapultPolicy,
+    CatapultSGD,
+    bases,
+    measure,
+    monitor,
+    optimizer,
+    policy,
+)
 
 BELOW = 0.95  # the cap of the control that may not go above the critical rate, in critical rates
 
@@ -284,9 +295,19 @@ def _random_spikes(setup: Setup) -> Driver:
 
 @functools.cache
 def _controller() -> dict[str, Any]:
-    """What decides in CatapultSGD: the default settings, and the machine itself. Other runs are not ours any more."""
-    code = hashlib.sha256(inspect.getsource(policy).encode()).hexdigest()[:12]
-    return {"policy": dataclasses.asdict(CatapultPolicy()), "code": code}
+    """What decides in CatapultSGD: default settings and code. A run under others is not one of ours any more."""
+    code = [code_of(inspect.getsource(module)) for module in (policy, optimizer, monitor, measure, bases)]
+    digest = hashlib.sha256("".join(code).encode()).hexdigest()[:12]
+    return {"policy": dataclasses.asdict(CatapultPolicy()), "code": digest}
+
+
+def code_of(source: str) -> str:
+    """What is left without comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)
 
 
 def _baseline(name: str, label: str, kind: str, build: Callable[..., Driver], **extra: Any) -> Contender:

@@ -41,7 +41,7 @@ from protocol import Plan, Record, Results, Run, train
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from summary import details, plot, table
-from tasks import DEFAULT, TASKS, Task
+from tasks import DEFAULT, TASKS, Task, check
 
 from catapult_opt import CatapultPolicy
 from catapult_opt.analysis.datasets import DataError
@@ -54,6 +54,7 @@ GROUPS = {
     "controls": [c.name for c in CONTENDERS.values() if c.kind == "control"],
 }
 QUICK_TASK = dataclasses.replace(TASKS["rank2"], name="quick", width=16, train=40, d=5, steps=30, val=40, test=40)
+_RANK_TASKS = [task.name for task in DEFAULT if not task.classifies]
 Tick = Callable[[Run, Record], None]
 
 
@@ -173,10 +174,14 @@ def main(arguments: list[str] | None = None) -> int:
     results = Results(options.out / "runs.jsonl")
     if not options.report:
         try:
+            check(plan.tasks, options.data)
             run_all(plan, results, options.jobs, notes)
         except DataError as error:
-            notes.print(f"{error}", markup=False)
+            notes.print(f"{error}\nThe rank tasks need no data: --tasks {' '.join(_RANK_TASKS)}", markup=False)
             return 1
+        except KeyboardInterrupt:
+            notes.print("Stopped. The same command goes on from here; --report shows what is there.")
+            return 130
     console.print(table(plan, results))
     for task in plan.tasks if options.details else ():
         console.print(details(plan, task, results))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -139,7 +139,18 @@ def draw(task: Task, folder: Path | None, seed: int) -> Problem:
     return Problem(task, train, val, test)
 
 
-@functools.lru_cache(maxsize=2)
+def check(tasks: Iterable[Task], folder: Path | None) -> None:
+    """Read every data set that is needed, so that a missing one is known before hours have passed.
+
+    Raises:
+        DataError: says which, and how to get it.
+    """
+    for task in tasks:
+        if task.classifies:
+            _load(folder, task.source, task.classes)
+
+
+@functools.cache
 def _load(folder: Path | None, name: str, classes: tuple[int, ...] | None) -> DataSet:
     data = Data(folder).load(name, classes)
     if data.inputs.ndim == 4 and data.inputs.shape[-1] == 32:  # 32x32 pictures at 16x16: four times the speed

@@ -24,7 +24,7 @@ from torch import nn
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-from contenders import BELOW, CONTENDERS, RandomSpikes, Setup, place  # noqa: E402
+from contenders import BELOW, CONTENDERS, RandomSpikes, Setup, code_of, place  # noqa: E402
 from generalization import QUICK_TASK, main, policy_change, seeds  # noqa: E402
 from paired import compare, difference, interval  # noqa: E402
 from protocol import Plan, Record, Results, Run, best_rate, is_interior, next_rates, scores, train  # noqa: E402
@@ -290,7 +290,7 @@ def test_plan_tunes_then_reports_and_asks_for_nothing_twice() -> None:
     assert outcomes(plan, TASK, results)["sgd-cosine"].lr == 2.0**-5
 
 
-def test_other_policy_or_defaults_or_task_is_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_policy_or_defaults_or_task_is_another_run() -> None:
     plain = Run(TASK, "catapult", 3)
     assert Run(TASK, "catapult", 3).key == plain.key
     assert Run(TASK, "catapult", 3, policy={"kappa": 3.0}).key != plain.key
@@ -299,6 +299,20 @@ def test_other_policy_or_defaults_or_task_is_another_run(monkeypatch: pytest.Mon
     assert CONTENDERS["catapult"].settings["policy"] == dataclasses.asdict(CatapultPolicy())
     sgd = Run(TASK, "sgd", 3, 0.1)
     assert Run(TASK, "sgd", 3, 0.1, policy={"kappa": 3.0}).key == sgd.key  # does not concern it
+
+
+def test_code_is_the_same_whatever_is_said_about_it() -> None:
+    plain = "def f(x: int) -> int:\n    return x + 1\n"
+    told = '"""Module."""\n\ndef f(x: int) -> int:  # a comment\n    """Adds."""\n\n    return x + 1\n'
+    assert code_of(told) == code_of(plain)
+    assert code_of(plain.replace("+ 1", "+ 2")) != code_of(plain)
+
+
+def test_missing_data_is_known_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--tasks", "rank2", "usps-noise", "--data", str(tmp_path), "--out", str(tmp_path)]) == 1
+    assert not (tmp_path / "runs.jsonl").exists()
+    message = capsys.readouterr().err
+    assert "USPS" in message and "--tasks rank2" in message
 
 
 def test_policy_change_reaches_the_optimizer() -> None:
