@@ -246,14 +246,14 @@ class Capture:
     # hooks; all return None, so that nothing of the user's is changed
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_measuring() or not torch.is_grad_enabled():
+        if is_measuring(self.model) or not torch.is_grad_enabled():
             return
         self.forwards_seen += 1
         if self.armed:
             self._started.append(record_forward(self.model, self._params(), args, kwargs, self.compiled))
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if is_measuring() or not torch.is_grad_enabled():
+        if is_measuring(self.model) or not torch.is_grad_enabled():
             return
         forward = self._started.pop() if self._started else None
         if self.criterion is None:
@@ -265,7 +265,7 @@ class Capture:
             self._forwards.append(forward)
 
     def _after_criterion(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Any) -> None:
-        if is_measuring():
+        if is_measuring(self.model):
             return
         if not scalar_loss(loss).requires_grad:
             return
@@ -333,7 +333,7 @@ class _Weigh:
 
     def __call__(self, grad: Tensor) -> None:
         capture = self._capture()
-        if capture is not None and not is_measuring():
+        if capture is not None and not is_measuring(capture.model):
             capture._backward_ran(self._call, grad)
 
 

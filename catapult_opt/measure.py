@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import LossCall, as_module, connect, loss_of, scalar_loss
+from .capture import LossCall, LossModule, as_module, connect, loss_of, scalar_loss
 from .checks import check_whole_number
 from .curvature.eigensolver import top_eigenvalue
 from .curvature.gram import LARGEST_BATCH, NotLayerwise, gram_lambda_max
@@ -35,6 +35,9 @@ GRAM = "layerwise-gram"
 _ASYMMETRY = 0.05
 # Rounding to bfloat16 inside the model leaves about 1 %; differences of its outputs are then off by 100 % and more.
 _MISMATCH = 0.05
+
+# Linear in log-probabilities, which hide the curvature of the softmax from the criterion.
+_OF_LOG_PROBABILITIES = ("NLLLoss", "nll_loss", "KLDivLoss", "kl_div")
 
 
 class MeasurementWarning(UserWarning):
@@ -101,7 +104,7 @@ def measure(
         if start is None or not any(bool(x.any()) for x in start):
             start = random_unit(params)
         else:
-            start = [x.to(p.dtype) for x, p in zip(start, params, strict=True)]
+            start = [x.to(p) for x, p in zip(start, params, strict=True)]  # moved, or loaded from elsewhere
         try:
             estimate = top_eigenvalue(
                 operator.matvec, start, tol=tol, max_matvecs=max_matvecs, semidefinite=operator.semidefinite
@@ -113,6 +116,8 @@ def measure(
                 )
         except FloatingPointError as error:
             raise MeasurementError(f"{error}: is there a NaN or inf in the batch or the weights?") from error
+        if isinstance(operator, GGN):
+            _refuse_linear(criterion, operator.hessians, estimate.value)
         ntk = _ntk(operator.hessians, estimate.value) if isinstance(operator, GGN) and scale is None else None
     result = CriticalLR(
         _edge(estimate.value), estimate.value, ntk, estimate.residual, estimate.matvecs, estimate.converged
@@ -130,6 +135,7 @@ def _by_gram(model: nn.Module, params: Sequence[Tensor], calls: Sequence[LossCal
         return None
     try:
         value, hessian = gram_lambda_max(model, params, calls, scale)
+        _refuse_linear(calls[0].criterion, [hessian], value)
         ntk = _ntk([hessian], value) if scale is None else None
     except NotLayerwise:
         return None
@@ -194,6 +200,22 @@ def _check(calls: Sequence[LossCall], params: Sequence[Tensor]) -> None:
         )
     if any(f.inputs_changed() for call in calls for f in call.forwards):
         raise MeasurementError("the batch was modified in place between the forward pass and step(): copy it instead")
+
+
+def _refuse_linear(criterion: nn.Module | None, hessians: Sequence[OutputHessian], value: float) -> None:
+    """No curvature at all: is it the criterion, which has none in what it is given?"""
+    if value != 0 or any(h.curved() for h in hessians):
+        return
+    name = type(criterion).__name__
+    if isinstance(criterion, LossModule):
+        name = getattr(criterion.function, "__name__", name)
+    advice = "use a smooth criterion such as MSELoss, HuberLoss or SmoothL1Loss"
+    if name in _OF_LOG_PROBABILITIES:
+        advice = "where the model returns log-probabilities, let it return logits and use CrossEntropyLoss on them"
+    raise MeasurementError(
+        f"criterion {name} has no second derivative at what the model returned, so that no critical rate follows from "
+        f"its curvature: {advice}; or let the model return the loss, with criterion=None"
+    )
 
 
 def _ntk(hessians: Sequence[OutputHessian], value: float) -> float | None:

@@ -31,6 +31,8 @@ from .trees import read_numbers, tensors_in
 # A first measurement pays once for a good vector; later ones start from it.
 _COLD_TOL, _COLD_MATVECS = 9e-4, 30
 _TOL, _MATVECS = 0.003, 10
+# What torch's batch_norm writes without a trace in the tensor's version.
+_RUNNING_STATISTICS = ("running_mean", "running_var")
 # Averages of mini-batch losses and curvatures run over about this many measured steps.
 _MINI_BATCH_SMOOTHING = 50
 
@@ -169,6 +171,8 @@ class Session:
         self._waiting: list[_Entry] = []  # for their losses
         self._finish = weakref.finalize(self, _finish, self._waiting, self._counter, self._writer)
         self._started = self._rewound = False
+        self._early: list[tuple[int, dict[str, float]]] = []  # metrics from before the log was begun
+        self._moving: set[str] = set()  # names of the buffers that forward passes change
         self._repeated = False
         self._batch_size: int | None = None  # of the first step
         self._due: int | None = None  # step of the next measurement asked for
@@ -213,20 +217,23 @@ class Session:
         problem = self.capture.problem()
         if problem:
             raise RuntimeError(problem)
+        if self.capture.armed:
+            self._check_params()
         calls = self.capture.take()
         late = torch.stack([c.value * c.weight for c in calls if c.weight is not None]).sum()
         read = need_loss or self.capture.armed or late.device.type == "cpu"
         loss = _catch_up(self._waiting, self._counter, self._writer, late) if read else None
         if self._counter.measured_steps == 0 and loss is not None and not math.isfinite(loss):
             raise MeasurementError(f"the first loss is {loss}: is there a NaN or inf in the batch or the weights?")
+        begun = time.perf_counter()
+        self._start_log(calls)
         self.step += 1
         self._clock.start()
         found: CriticalLR | None = None
         vector: Vector | None = None
-        begun = time.perf_counter()
-        self._start_log(calls)
         if self.capture.armed:
             self._notice_repetition(calls)
+            self._moving = self._moved_by(calls)
             if (loss is not None and math.isfinite(loss)) or self._counter.measured_steps == 0:
                 found, vector = self._measure(calls, start, update)
             self.last = found or self.last
@@ -299,6 +306,18 @@ class Session:
         if self._writer is not None and self._started:
             self.catch_up()
             self._writer.metrics(self.step, numbers)
+        elif self._writer is not None:
+            self._early.append((self.step, numbers))
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The model's buffers that forward passes change, such as BatchNorm's running statistics."""
+        return {name: b for name, b in self.model.named_buffers() if name in self._moving}
+
+    def restore_buffers(self, kept: dict[str, Tensor]) -> None:
+        """Put earlier values of `buffers` back: one NaN in running statistics would stay for good."""
+        for name, b in self.model.named_buffers():
+            if name in kept:
+                b.copy_(kept[name])
 
     def detach(self) -> None:
         """Remove the hooks and close the log."""
@@ -355,6 +374,11 @@ class Session:
                 tol=_COLD_TOL if cold else _TOL,
                 max_matvecs=_COLD_MATVECS if cold else _MATVECS,
             )
+            if cold and not found.lambda_max > 0:
+                raise MeasurementError(
+                    f"the first batch has no curvature (lambda_max = {found.lambda_max:g}), so that any rate would do: "
+                    "does the output depend on the weights at all, or are all units dead?"
+                )
         except Exception as error:
             if self._counter.measured_steps == 0:
                 self.step -= 1
@@ -372,21 +396,45 @@ class Session:
     def _start_log(self, calls: Sequence[LossCall]) -> None:
         if self._started:
             return
-        self._started = True
         if self.capture.armed:  # the first step always is; a resumed run knows from before
             sizes = [f.batch_size for call in calls for f in call.forwards]
             self._batch_size = sum(s for s in sizes if s is not None) or None
-        if self._writer is None:
-            return
+        if self._writer is not None:
+            self._begin_log(self._writer)
+        self._started = True
+
+    def _begin_log(self, writer: RunLogWriter) -> None:
         header = {
-            "name": self._writer.path.stem,
+            "name": writer.path.stem,
             "face": self._face,
             "settings": self._settings,
             "batch_size": self._batch_size,
             "parameters": sum(p.numel() for p in self.params),
             "extra_bytes": self._copies * sum(p.numel() * p.element_size() for p in self.params),
         }
-        self._writer.start(header, resumed_at=self.step - 1 if self.step > 1 or self._rewound else None)
+        writer.start(header, resumed_at=self.step if self.step > 0 or self._rewound else None)
+        for step, numbers in self._early:
+            writer.metrics(step, numbers)
+        self._early = []
+
+    def _check_params(self) -> None:
+        try:
+            check_model(self.model, self.params)
+        except ValueError as error:
+            raise RuntimeError(
+                f"{error}. If it was replaced after the optimizer was made, make the optimizer anew"
+            ) from None
+
+    def _moved_by(self, calls: Sequence[LossCall]) -> set[str]:
+        """Names of the buffers that these calls' forward passes changed."""
+        moved = {(id(b.module), b.name) for call in calls for f in call.forwards for b in f.buffers}
+        modules = self.model.named_modules()
+        places = ((path, id(m), name) for path, m in modules for name, _ in m.named_buffers(recurse=False))
+        return {
+            f"{path}.{name}" if path else name
+            for path, module, name in places
+            if (module, name) in moved or name in _RUNNING_STATISTICS
+        }
 
     def _notice_repetition(self, calls: Sequence[LossCall]) -> None:
         """Is this batch the same as the last one measured (full-batch training)? Then nothing has to be averaged."""
@@ -441,6 +489,13 @@ class Beside:
     def log_metrics(self, **values: float) -> None:
         """Log metrics at the present step, e.g. val_loss=0.3; names that start with `val` rank runs in the report."""
         self._session.log_metrics(values)
+
+    def __getstate__(self) -> dict[str, Any]:
+        name = type(self).__name__
+        raise TypeError(
+            f"{name} cannot be copied or pickled, as its hooks are on one model and one optimizer: copy or save those, "
+            f"and make another {name} for them"
+        )
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import json
 import math
 import os
@@ -24,6 +26,7 @@ from .scaling import LossScaler
 
 _VECTOR = "catapult_vector"  # warm start of the next measurement
 _SNAPSHOT = "catapult_snapshot"  # weights to return to from a catapult that does not come back
+_BUFFERS = "catapult_buffers"  # BatchNorm statistics and the like to return to, as text: a group holds no tensors
 _STATE = "catapult_state"  # everything else, as a JSON string: immutable, and survives every kind of checkpoint
 
 
@@ -146,7 +149,7 @@ class CatapultSGD(Optimizer):
         except ValueError:
             del self.param_groups[before:]
             raise
-        self.param_groups[-1] |= {"effective_lr": 0.0, _STATE: self.param_groups[0][_STATE]}
+        self.param_groups[-1] |= {"effective_lr": 0.0, **{k: self.param_groups[0][k] for k in (_STATE, _BUFFERS)}}
 
     def attach(
         self,
@@ -253,7 +256,13 @@ class CatapultSGD(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict: the run then goes on as it would have gone where it was taken, to the bit."""
+        """Load a state dict: the run then goes on as it would have gone where it was taken, to the bit.
+
+        Raises:
+            ValueError: with a model, for the state dict of another optimizer, whose lr is a rate and not a multiplier.
+        """
+        if self._session is not None:
+            _check_own(state_dict)
         super().load_state_dict(state_dict)
         if self._session is not None:
             self._complete_groups()
@@ -316,6 +325,9 @@ class CatapultSGD(Optimizer):
         if decision.take_snapshot:
             for p in session.params:
                 self.state[p][_SNAPSHOT].copy_(p)
+            buffers = _packed(session.buffers())
+            for group in self.param_groups:
+                group[_BUFFERS] = buffers
         averages = None
         if seen.smoothing > 1:
             averages = {"eta_crit_mean": machine.eta_crit, "log_lambda_sd": machine.spread}
@@ -380,6 +392,7 @@ class CatapultSGD(Optimizer):
         assert self._session is not None
         for p in self._session.params:
             p.copy_(self.state[p][_SNAPSHOT])
+        self._session.restore_buffers(_unpacked(self.param_groups[0][_BUFFERS]))
         self._stop(self._session.params)
 
     def _prepare_state(self) -> None:
@@ -399,6 +412,7 @@ class CatapultSGD(Optimizer):
             self._store()
         for group in self.param_groups:
             group.setdefault("effective_lr", 0.0)
+            group.setdefault(_BUFFERS, "")
 
     def _store(self) -> None:
         assert self._session is not None and self._machine is not None
@@ -432,6 +446,32 @@ class CatapultSGD(Optimizer):
                 "this CatapultSGD was copied, unpickled or detached and has no model to measure: call "
                 "optimizer.attach(model=..., criterion=...) first"
             )
+
+
+def _packed(tensors: dict[str, Tensor]) -> str:
+    """Tensors as text."""
+    if not tensors:
+        return ""
+    file = io.BytesIO()
+    torch.save(tensors, file)
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _unpacked(text: str) -> dict[str, Tensor]:
+    if not text:
+        return {}
+    tensors: dict[str, Tensor] = torch.load(io.BytesIO(base64.b64decode(text)), map_location="cpu", weights_only=True)
+    return tensors
+
+
+def _check_own(state_dict: dict[str, Any]) -> None:
+    """A ValueError for the state dict of an optimizer without a controller."""
+    groups = state_dict["param_groups"]
+    if groups and not any(_STATE in group for group in groups):
+        raise ValueError(
+            f"state_dict: not of a CatapultSGD with a model; its lr={groups[0].get('lr')!r} is a rate, and here lr "
+            "only multiplies the rate that is measured. Load the model's weights alone, and leave the optimizer new"
+        )
 
 
 def _check_settings(settings: dict[str, Any]) -> None:

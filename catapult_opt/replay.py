@@ -14,17 +14,21 @@ from torch.func import functional_call
 
 from .trees import map_tensors, tensors_in
 
-_measuring = 0
+# Ids of the modules of every measurement under way: one a thread that trains.
+_measured: list[frozenset[int]] = []
 
 
-def is_measuring() -> bool:
+def is_measuring(module: nn.Module | None = None) -> bool:
     """True while a measurement runs the model again: for user hooks that must not count such passes.
+
+    Args:
+        module: ask for this model, or part of one, alone; None: for any (where threads train models of their own).
 
     Example:
         >>> is_measuring()
         False
     """
-    return _measuring > 0
+    return any(module is None or id(module) in ids for ids in _measured)
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,7 @@ def preserved(model: nn.Module, criterion: nn.Module | None, params: Sequence[Te
     Weights and buffers are restored by pointer: their own storage is never written. Inside, gradients are enabled,
     autocast is off, and half-precision weights and buffers stand in float32.
     """
-    global _measuring
+    ids = frozenset(map(id, model.modules()))
     modules = [*model.modules(), *(criterion.modules() if criterion is not None else ())]
     modes = [m.training for m in modules]
     buffers = buffers_of(modules)
@@ -196,7 +200,7 @@ def preserved(model: nn.Module, criterion: nn.Module | None, params: Sequence[Te
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
         stack.enter_context(torch.enable_grad())
-        _measuring += 1
+        _measured.append(ids)
         try:
             for _, _, buffer in buffers:
                 buffer.data = precise(buffer.data.clone())
@@ -204,7 +208,7 @@ def preserved(model: nn.Module, criterion: nn.Module | None, params: Sequence[Te
                 weight.data = precise(weight.data)
             yield
         finally:
-            _measuring -= 1
+            _measured.remove(ids)
             for tensor, data in saved:
                 tensor.data = data
             for module, name, buffer in buffers:

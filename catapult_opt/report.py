@@ -473,6 +473,7 @@ def _details(summary: RunSummary, glyphs: _Glyphs) -> str:
         parts += [f"measuring {summary.probe_seconds:.2g} s, {summary.probe_share:.0%} of the time"]
     parts += [f"{summary.extra_bytes / 1e6:.2g} MB extra"] if summary.extra_bytes else []
     parts += [f"rates at most {_plural(summary.oldest, 'step')} old"] if summary.oldest else []
+    parts += [f"{_plural(summary.failed_measurements, 'measurement')} failed"] if summary.failed_measurements else []
     return f" {glyphs.dot} ".join(part for part in parts if part)
 
 

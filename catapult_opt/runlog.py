@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -323,8 +324,10 @@ class RunLogWriter:
     """Appends a run's records to its log, and never stands in the way of the training.
 
     A write that fails gives one :class:`RunLogWarning`; from then on ``failed`` is true and records are ignored, as
-    they are before :meth:`start` and after :meth:`close`. A copy (``deepcopy``, pickle) is a writer not started: it
-    does not write into the original's log.
+    they are before :meth:`start` and after :meth:`close`. A copy (``deepcopy``, pickle) is a writer not started, and
+    so is the writer of a forked child (a data loader's worker): neither writes into the original's log.
+
+    The log is locked while it is written. The lock goes with the process, however that ends.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -361,6 +364,7 @@ class RunLogWriter:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = io.FileIO(self.path, "a")
+            _writers.add(self)
             size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             return self._give_up(error)
@@ -447,6 +451,21 @@ class RunLogWriter:
         reason = error.strerror or str(error)
         message = f"the run log {self.path} cannot be written ({reason}): training goes on without it"
         warnings.warn(message, RunLogWarning, stacklevel=4)
+
+
+_writers: weakref.WeakSet[RunLogWriter] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """A forked child holds the lock too: it would outlive the parent, and leaving it explicitly would end it."""
+    for writer in list(_writers):
+        file, writer._file = writer._file, None
+        if file is not None:
+            file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _number(key: Any, value: Any) -> float:

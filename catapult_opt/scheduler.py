@@ -74,7 +74,7 @@ class CatapultLR(Beside):
         if policy is not None and not isinstance(policy, CatapultPolicy):
             raise TypeError(f"policy must be a CatapultPolicy, got {policy!r}")
         policy = policy or CatapultPolicy()
-        bases = [float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups]
+        bases = [_base(g) for g in optimizer.param_groups]
         if not max(bases) > 0:
             raise ValueError(f"optimizer: lr must be above 0, as rates are relative to it; got {bases}")
         settings: dict[str, Any] = {"every": every, "overhead": overhead, "policy": dataclasses.asdict(policy)}
@@ -96,10 +96,9 @@ class CatapultLR(Beside):
         self._optimizer, self._machine = optimizer, Catapulter(policy)
         self._vector: Vector | None = None
         self._snapshot: Vector | None = None
+        self._buffers: dict[str, Tensor] = {}  # BatchNorm statistics and the like, of the snapshot
         self._set_aside: list[tuple[Any, Any]] = []
-        for group, base in zip(optimizer.param_groups, bases, strict=True):
-            group.setdefault(_BASE, base)
-            group.setdefault("effective_lr", 0.0)
+        _complete_groups(optimizer)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -117,13 +116,14 @@ class CatapultLR(Beside):
         self._session.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run goes on from, beside the optimizer's own state dict: numbers, strings and two lists of tensors."""
+        """What a run goes on from, beside the optimizer's own state dict: numbers, strings and tensors."""
         self._session.catch_up()
         return {
             "session": self._session.state_dict(),
             "machine": self._machine.state_dict(),
             "vector": _copy(self._vector),
             "snapshot": _copy(self._snapshot),
+            "buffers": {name: b.clone() for name, b in self._buffers.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -136,6 +136,7 @@ class CatapultLR(Beside):
         self._session.load_state_dict(state_dict["session"])
         self._machine.load_state_dict(state_dict["machine"])
         self._vector, self._snapshot = _copy(state_dict["vector"]), _copy(state_dict["snapshot"])
+        self._buffers = {name: b.clone() for name, b in state_dict["buffers"].items()}
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -148,6 +149,7 @@ class CatapultLR(Beside):
         session, machine = self._session, self._machine
         if session.saw_nothing() and all(float(g["lr"]) == 0 for g in optimizer.param_groups):
             return  # the call of an initialiser of states
+        _complete_groups(optimizer)  # some may be new, or loaded from a checkpoint without a controller
         update = next_update(optimizer, scale=session.capture.armed)
         seen = session.observe(self._vector, update, need_loss=machine.phase != "settle")
         unit = max(g[_BASE] for g in optimizer.param_groups)
@@ -160,6 +162,7 @@ class CatapultLR(Beside):
         self._vector = seen.vector or self._vector
         if decision.take_snapshot:
             self._snapshot = [p.detach().clone() for p in session.params]
+            self._buffers = {name: b.clone() for name, b in session.buffers().items()}
         measure_in = None if seen.loss is None else decision.measure_in
         session.record(seen, factor * decision.rate, decision.phase, decision.events, measure_in)
         self._apply(optimizer, decision, unit)
@@ -182,6 +185,7 @@ class CatapultLR(Beside):
         assert self._snapshot is not None
         for p, kept in zip(self._session.params, self._snapshot, strict=True):
             p.copy_(kept)
+        self._session.restore_buffers(self._buffers)
         for p in (p for g in optimizer.param_groups for p in g["params"] if p.grad is not None):
             self._set_aside.append((p, p.grad))
             p.grad = None
@@ -194,6 +198,16 @@ class CatapultLR(Beside):
             else:
                 owner["lr"] = kept
         self._set_aside.clear()
+
+
+def _base(group: dict[str, Any]) -> float:
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def _complete_groups(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group.setdefault(_BASE, _base(group))
+        group.setdefault("effective_lr", 0.0)
 
 
 def _copy(vector: Vector | None) -> Vector | None:

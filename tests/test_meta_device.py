@@ -19,7 +19,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from catapult_opt import CatapultMonitor, CatapultPolicy, CatapultSGD, CriticalLR, capture, monitor, read_log, scaling
+from catapult_opt import (
+    CatapultLR,
+    CatapultMonitor,
+    CatapultPolicy,
+    CatapultSGD,
+    CriticalLR,
+    capture,
+    monitor,
+    read_log,
+    scaling,
+)
 
 READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default}
 
@@ -137,6 +147,43 @@ def test_hot_path_stays_on_the_device(name: str, accumulate: int, world: World) 
     measured = Loop(MAKERS[name], accumulate).run(60, world)
     assert measured[0]
     assert 2 <= sum(measured) <= 15, "most steps are not measured"
+
+
+@pytest.mark.parametrize("name", list(MAKERS))
+def test_a_model_moved_to_where_its_parameters_become_new_ones(name: str, world: World) -> None:
+    """Between the CPU and meta torch makes new parameters, which no optimizer knows: refused, and says what to do."""
+
+    def on_cpu(model: nn.Module, criterion: nn.Module) -> Any:
+        return MAKERS[name](model.to_empty(device="cpu"), criterion)
+
+    loop = Loop(on_cpu)
+    loop.model.to("meta")
+    with pytest.raises(
+        RuntimeError, match=r"params: parameter 0 .* is not a parameter of model.*make the optimizer anew"
+    ):
+        loop.run(1, world)
+
+
+def test_a_warm_start_from_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint read with map_location="cpu" for a model that is elsewhere: the vector follows the parameters."""
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    controller = CatapultLR(optimizer, model=model, criterion=nn.MSELoss(), every=1)
+    starts: list[list[Tensor]] = []
+    measure = monitor.measure
+
+    def noted(*args: Any, start: Any = None, **more: Any) -> Any:
+        starts.append(start)
+        return measure(*args, start=start, **more)
+
+    monkeypatch.setattr(monitor, "measure", noted)
+    for dtype in (torch.float32, torch.float64):  # where there is no second device: another dtype goes the same way
+        model.to(dtype)
+        controller.criterion(model(x.to(dtype)), torch.zeros(4, 2, dtype=dtype)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert starts[1][0].dtype == torch.float32
+    assert controller.last.lambda_max > 0
 
 
 def test_monitor_reads_losses_at_measured_steps_only(world: World, tmp_path: Path) -> None:

@@ -33,7 +33,6 @@ class OutputHessian:
         gradients = torch.autograd.grad(loss, self._z, create_graph=True, allow_unused=True)
         # A gradient without a graph is constant: the criterion is linear in that input.
         self._curved = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-        self.constant_gradient = not self._curved
 
     def __call__(self, tangents: Sequence[Tensor]) -> list[Tensor]:
         """H t, one tensor per criterion input."""
@@ -48,6 +47,12 @@ class OutputHessian:
             allow_unused=True,
         )
         return [z if h is None else h * self._weight for h, z in zip(got, zeros, strict=True)]
+
+    def curved(self) -> bool:
+        """Is there any second derivative at these inputs? A random product decides."""
+        generator = torch.Generator().manual_seed(0)
+        t = [torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z) for z in self._z]
+        return any(bool(h.any()) for h in self(t))
 
     def as_multiple_of_identity(self) -> float | None:
         """h if H = h I (a squared error; h = 2/N for a mean over N elements), else None. Two random products decide."""
