@@ -77,7 +77,7 @@ class Driver:
             self._averager.step()
 
     @property
-    def rate(self) -> float | None:
+    def rate(self) -> float:
         """Of the last step."""
         group = self.optimizer.param_groups[0]
         return float(group["effective_lr"]) if "effective_lr" in group else float(group["lr"])

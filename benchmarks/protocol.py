@@ -113,9 +113,8 @@ class Rates:
 
     def add(self, driver: Driver) -> None:
         self._steps += 1
-        self._sum += driver.rate or 0.0
-        phase = getattr(driver.optimizer, "phase", None)
-        up = phase is not None and phase not in ("cool", "settle")
+        self._sum += driver.rate
+        up = getattr(driver.optimizer, "phase", None) in ("arm", "hot")
         if up and not self._up:
             self.raised.append(0)
         if up:

@@ -82,12 +82,14 @@ def best_of(found: dict[str, Outcome], kinds: Sequence[str]) -> Outcome | None:
 
 def table(plan: Plan, results: Results) -> Table:
     """A row a task: the best tuned SGD, the best of all baselines, and CatapultSGD against both."""
-    ours = [c for c in CONTENDERS.values() if c.kind == "catapult"]
+    found = {task: outcomes(plan, task, results) for task in plan.tasks}
+    present = {name for members in found.values() for name in members}
+    ours = [c for c in CONTENDERS.values() if c.kind == "catapult" and (c.name in present or c.name == FOLLOWED)]
     out = Table(
         title="Test metric at the best validation loss: median of the report seeds",
         caption="Two marks: against the best tuned SGD, against the best of all baselines (chosen on these very "
-        "seeds). + better, - worse, = the 95 % interval of the paired difference holds zero. "
-        "(n): runs that diverged. Time: CPU seconds over the tuned SGD's, measuring included.",
+        "seeds). + better, - worse, = the 95 % interval of the paired difference holds zero. (n): runs that diverged. "
+        "One mark: against that tuned SGD. Time: CPU seconds over the tuned SGD's, measuring included.",
         caption_justify="left",
         title_justify="left",
         box=box.SIMPLE_HEAD,
@@ -95,15 +97,14 @@ def table(plan: Plan, results: Results) -> Table:
     )
     for header in ("task", "metric", "best tuned SGD", "best baseline"):
         out.add_column(header)
-    for contender in ours:
-        out.add_column(contender.label, justify="right")
-    out.add_column(f"{CONTENDERS[FOLLOWED].label} in SGD's time", justify="right")
-    out.add_column("time", justify="right")
+    label = CONTENDERS[FOLLOWED].label
+    for header in (*(c.label for c in ours), f"{label}, last step", f"{label} in SGD's time", "time"):
+        out.add_column(header, justify="right")
     for task in plan.tasks:
-        found = outcomes(plan, task, results)
-        sgd, baseline = best_of(found, ["sgd"]), best_of(found, ["sgd", "other"])
-        cells = [_cell(found.get(c.name), sgd, baseline) for c in ours]
-        out.add_row(task.name, task.metric, _named(sgd), _named(baseline), *cells, *_timed(found.get(FOLLOWED), sgd))
+        members = found[task]
+        sgd, baseline, main = best_of(members, ["sgd"]), best_of(members, ["sgd", "other"]), members.get(FOLLOWED)
+        cells = [_cell(members.get(c.name), sgd, baseline) for c in ours]
+        out.add_row(task.name, task.metric, _named(sgd), _named(baseline), *cells, _last(main, sgd), *_timed(main, sgd))
     return out
 
 
@@ -130,6 +131,12 @@ def _cell(ours: Outcome | None, *others: Outcome | None) -> str:
 
 def _mark(comparison: Comparison | None) -> str:
     return "?" if comparison is None else MARKS[comparison.verdict]
+
+
+def _last(ours: Outcome | None, sgd: Outcome | None) -> str:
+    if ours is None or sgd is None:
+        return ""
+    return f"{_number(statistics.median(ours.last.values()))} {_mark(compare(ours.last, sgd.last))}"
 
 
 def _timed(ours: Outcome | None, sgd: Outcome | None) -> tuple[str, str]:
@@ -174,8 +181,8 @@ def details(plan: Plan, task: Task, results: Results) -> Table:
 
 def _described(outcome: Outcome) -> Iterator[str]:
     yield "" if outcome.lr is None else f"{outcome.lr:.3g}{'' if outcome.interior else ' (edge)'}"
-    low, middle, high = quartiles(list(outcome.best.values()))
-    yield _number(middle)
+    low, high = quartiles(list(outcome.best.values()))
+    yield _number(statistics.median(outcome.best.values()))
     yield f"{_number(low)} to {_number(high)}"
     aligned = [r["best"]["agop"] for r in outcome.runs if "agop" in r["best"] and math.isfinite(r["best"]["agop"])]
     yield f"{statistics.median(aligned):.2f}" if aligned else ""
@@ -195,10 +202,10 @@ def _effort(outcome: Outcome) -> tuple[str, str]:
     return f"{statistics.median(counts):g}" if counts else "", f"{statistics.median(outcome.seconds.values()):.2f}"
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Without interpolation towards an infinite value."""
-    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75], method="closest_observation")
-    return float(low), float(middle), float(high)
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Lower and upper, without interpolation towards an infinite value."""
+    low, high = np.quantile(values, [0.25, 0.75], method="closest_observation")
+    return float(low), float(high)
 
 
 def plot(plan: Plan, results: Results, path: Path) -> None:
@@ -218,7 +225,7 @@ def plot(plan: Plan, results: Results, path: Path) -> None:
         unit = statistics.median(sgd.best.values())
         for name, outcome in found.items():
             kind = CONTENDERS[name].kind
-            low, _, high = (v / unit for v in quartiles(list(outcome.best.values())))
+            low, high = (v / unit for v in quartiles(list(outcome.best.values())))
             middle = statistics.median(outcome.best.values()) / unit
             if not math.isfinite(middle):
                 continue
