@@ -212,11 +212,10 @@ def _schedule_free(setup: Setup, *, kind: str) -> Driver:
     return ScheduleFree(setup.model, optimizer)
 
 
-def _catapult(setup: Setup, *, momentum: float = 0.0, length: bool = False) -> Driver:
-    settings = setup.catapult_policy(**({"total_steps": setup.steps} if length else {}))
-    optimizer = CatapultSGD(
-        setup.model.parameters(), model=setup.model, criterion=setup.criterion, momentum=momentum, policy=settings
-    )
+def _catapult(setup: Setup, *, length: bool = False, **settings: Any) -> Driver:
+    chosen = setup.catapult_policy(**({"total_steps": setup.steps} if length else {}))
+    model = setup.model
+    optimizer = CatapultSGD(model.parameters(), model=model, criterion=setup.criterion, policy=chosen, **settings)
     return Driver(setup.model, optimizer)
 
 
@@ -365,6 +364,7 @@ CONTENDERS: dict[str, Contender] = {
             "catapult-m-T", "CatapultSGD .9, total_steps", "catapult", _catapult,
             settings={"momentum": 0.9, "length": True},
         ),
+        _own("catapult-5", "CatapultSGD, 5 % overhead", "catapult", _catapult, settings={"overhead": 0.05}),
         _own("capped", f"controller capped at {BELOW:g} eta_crit", "control", _capped),
         _own("mean-rate", "constant, CatapultSGD's mean rate", "control", _mean_rate, follows=lambda r: r["mean_rate"]),
         _own(

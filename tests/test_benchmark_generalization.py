@@ -24,7 +24,7 @@ from torch import nn
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-from contenders import BELOW, CONTENDERS, RandomSpikes, Setup, code_of, place  # noqa: E402
+from contenders import BELOW, CONTENDERS, Driver, RandomSpikes, Setup, code_of, place  # noqa: E402
 from generalization import QUICK_TASK, main, policy_change, seeds  # noqa: E402
 from paired import compare, difference, interval  # noqa: E402
 from protocol import Plan, Record, Results, Run, best_rate, is_interior, next_rates, scores, train  # noqa: E402
@@ -154,13 +154,14 @@ def test_divergence_is_a_failure() -> None:
 
 
 def applied_rates(
-    name: str, task: Task, given: Any = None, lr: float | None = None
+    name: str, task: Task, given: Any = None, lr: float | None = None, build: Any = None
 ) -> list[tuple[float, float, float]]:
     """(rate, critical rate found independently, loss) of every step of a training."""
     problem = draw(task, None, 3)
     torch.manual_seed(10_003)
     model, loss_of = problem.build(), criterion(task)
-    driver = CONTENDERS[name].build(Setup(model, loss_of, task.steps, 3, lr, given))
+    torch.manual_seed(3)
+    driver = (build or CONTENDERS[name].build)(Setup(model, loss_of, task.steps, 3, lr, given))
     vectors = CatapultPolicy().vectors
     out = []
     for _, rows in zip(range(task.steps), problem.batches(3), strict=False):
@@ -202,6 +203,17 @@ def test_capped_control_never_goes_above_critical_where_the_controller_does() ->
     assert any(rate >= (BELOW - 0.02) * critical for rate, critical, _ in rates)  # it is the cap that binds
     ours = applied_rates("catapult", task)
     assert any(rate > 1.5 * critical for rate, critical, _ in ours)
+
+
+def test_capped_control_without_its_cap_is_catapult_sgd(monkeypatch: pytest.MonkeyPatch) -> None:
+    def every_step(setup: Setup) -> Driver:
+        optimizer = CatapultSGD(setup.model.parameters(), model=setup.model, criterion=setup.criterion, every=1)
+        return Driver(setup.model, optimizer)
+
+    task = dataclasses.replace(TASK, steps=40, width=24)
+    monkeypatch.setattr("contenders.BELOW", math.inf)
+    uncapped, ours = (applied_rates("capped", task, build=build) for build in (None, every_step))
+    assert [r for r, *_ in uncapped] == pytest.approx([r for r, *_ in ours], rel=1e-3)
 
 
 def test_tracking_is_a_fixed_multiple_of_the_critical_rate() -> None:
