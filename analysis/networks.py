@@ -209,6 +209,7 @@ def cnn(
     torch.Size([2, 1])
     """
     make = _Layers(parameterization, bias, generator)
+    _size("size", size)
     if _size("depth", depth) < 2:
         raise ValueError(f"depth must be at least 2, got {depth}")
     layers: list[nn.Module] = []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from catapult_opt import critical_lr
+from catapult_opt.checks import check_whole_number
 from catapult_opt.curvature.gram import NotLayerwise, gram_kernel
 from catapult_opt.measure import trainable
 from catapult_opt.replay import preserved, record_forward, replay
@@ -47,8 +48,10 @@ def ntk(model: nn.Module, inputs: Tensor, *, memory: float = 1e9) -> Tensor:
     tensor([[1., 1.],
             [1., 5.]])
     """
-    if not len(inputs):
-        raise ValueError("inputs must have at least one sample")
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"inputs must be a tensor (n, ...), got {type(inputs).__name__}")
+    if inputs.ndim == 0 or not len(inputs):
+        raise ValueError(f"inputs must have at least one sample, got shape {tuple(inputs.shape)}")
     if not memory > 0:
         raise ValueError(f"memory must be a positive number of bytes, got {memory!r}")
     params = trainable(model)
@@ -209,6 +212,8 @@ def critical_rate(kernel: Tensor, samples: int | None = None) -> float:
     >>> critical_rate(torch.diag(torch.tensor([1.0, 4.0])))
     0.5
     """
+    if samples is not None:
+        check_whole_number("samples", samples)
     top = float(torch.linalg.eigvalsh(kernel.double())[-1])
     return (len(kernel) if samples is None else samples) / top if top > 0 else math.inf
 
@@ -225,6 +230,10 @@ def critical_rates(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[f
     n = len(inputs)
 
     def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        if outputs.shape != y.shape:
+            raise ValueError(
+                f"targets must have the shape of the outputs, {tuple(outputs.shape)}, got {tuple(y.shape)}"
+            )
         return (outputs - y).square().sum() / n
 
     hessian = critical_lr(model, loss, inputs, targets, curvature="hessian")

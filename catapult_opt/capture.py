@@ -33,6 +33,8 @@ class LossModule(nn.Module):
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
+        if not callable(function):
+            raise TypeError(f"function must be a callable (outputs, targets) -> loss, got {function!r}")
         super().__init__()
         self.function = function
 

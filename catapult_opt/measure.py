@@ -36,6 +36,8 @@ _ASYMMETRY = 0.05
 # Rounding to bfloat16 inside the model leaves about 1 %; differences of its outputs are then off by 100 % and more.
 _MISMATCH = 0.05
 
+# Squared only near zero.
+_LINEAR_FAR_OUT = ("HuberLoss", "huber_loss", "SmoothL1Loss", "smooth_l1_loss")
 # Linear in log-probabilities, which hide the curvature of the softmax from the criterion.
 _OF_LOG_PROBABILITIES = ("NLLLoss", "nll_loss", "KLDivLoss", "kl_div")
 
@@ -210,6 +212,10 @@ def _refuse_linear(criterion: nn.Module | None, hessians: Sequence[OutputHessian
     if isinstance(criterion, LossModule):
         name = getattr(criterion.function, "__name__", name)
     advice = "use a smooth criterion such as MSELoss, HuberLoss or SmoothL1Loss"
+    if name in _LINEAR_FAR_OUT:
+        advice = (
+            "every residual lies in its linear part: scale the targets to unit variance, or raise its delta or beta"
+        )
     if name in _OF_LOG_PROBABILITIES:
         advice = "where the model returns log-probabilities, let it return logits and use CrossEntropyLoss on them"
     raise MeasurementError(

@@ -566,6 +566,7 @@ class CatapultMonitor(Beside):
         grad_scaler: LossScaler | None = None,
     ) -> None:
         check_supported(optimizer)
+        check_whole_number("every", every)
         self._optimizer = optimizer
         settings = {"every": every, "overhead": overhead, "optimizer": type(optimizer).__name__}
         settings |= plain_settings(optimizer.defaults)

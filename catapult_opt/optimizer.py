@@ -130,10 +130,12 @@ class CatapultSGD(Optimizer):
                 outputs=outputs,
                 grad_scaler=grad_scaler,
             )
-        elif any(x is not None for x in (criterion, policy, overhead, log, outputs, grad_scaler)):
-            raise ValueError(
-                "criterion, policy, overhead, log, outputs and grad_scaler need a model: pass model=, or none of them"
-            )
+        else:
+            given = {"criterion": criterion, "policy": policy, "every": every, "overhead": overhead, "log": log}
+            given |= {"outputs": outputs, "grad_scaler": grad_scaler, "engine": None if engine == "auto" else engine}
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(f"{name}={value!r} needs a model: pass model=, or leave it out")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its settings are checked as those of the constructor."""
@@ -466,7 +468,11 @@ def _unpacked(text: str) -> dict[str, Tensor]:
 
 def _check_own(state_dict: dict[str, Any]) -> None:
     """A ValueError for the state dict of an optimizer without a controller."""
-    groups = state_dict["param_groups"]
+    groups = state_dict.get("param_groups")
+    if groups is None:
+        raise ValueError(
+            f"state_dict has no param_groups but {list(state_dict)}: pass what optimizer.state_dict() gave"
+        )
     if groups and not any(_STATE in group for group in groups):
         raise ValueError(
             f"state_dict: not of a CatapultSGD with a model; its lr={groups[0].get('lr')!r} is a rate, and here lr "

@@ -138,6 +138,8 @@ def read_log(path: str | os.PathLike[str]) -> RunLog:
     Works on a log that is still being written or was cut off anywhere. Damaged lines are named in ``dropped``; a file
     that is missing, empty, not a run log, damaged in its header or of a newer version raises :class:`RunLogError`.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a path of a run log, got {path!r}")
     path = Path(path)
     try:
         with open(path, "rb") as file:

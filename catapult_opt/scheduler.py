@@ -129,10 +129,16 @@ class CatapultLR(Beside):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on as the run would have gone where the state was taken."""
         params = self._session.params
+        missing = self.state_dict().keys() - state_dict.keys()
+        if missing:
+            raise ValueError(f"state_dict has no {sorted(missing)}: pass what CatapultLR.state_dict() gave")
         for name in ("vector", "snapshot"):
             shapes = [x.shape for x in state_dict[name] or []]
             if shapes and shapes != [p.shape for p in params]:
-                raise ValueError(f"state_dict: {name} has other shapes than the parameters; is it another model's?")
+                raise ValueError(
+                    f"state_dict: {name} has shapes {[tuple(x) for x in shapes]}, and the parameters "
+                    f"{[tuple(p.shape) for p in params]}: is it another model's?"
+                )
         self._session.load_state_dict(state_dict["session"])
         self._machine.load_state_dict(state_dict["machine"])
         self._vector, self._snapshot = _copy(state_dict["vector"]), _copy(state_dict["snapshot"])
@@ -223,4 +229,7 @@ def _stop(optimizer: Optimizer) -> None:
 
 def _check_unfused(optimizer: Optimizer) -> None:
     if any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups):
-        raise ValueError("optimizer: fused and capturable steps read lr where it cannot be set: leave both out")
+        raise ValueError(
+            f"optimizer: {type(optimizer).__name__} with fused=True or capturable=True reads lr where it cannot "
+            "be set: leave both out"
+        )

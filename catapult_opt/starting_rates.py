@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import json
 import math
 import sys
@@ -107,7 +108,7 @@ def load_factory(spec: str) -> Callable[[], Any]:
     """The function that ``module:function`` names, looked up in the present folder too.
 
     Raises:
-        FactoryError: no such module or function, or it is not a function.
+        FactoryError: no such module or function, or it is not a function, or one that needs arguments.
     """
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
@@ -122,7 +123,19 @@ def load_factory(spec: str) -> Callable[[], Any]:
     factory = getattr(module, name, None)
     if not callable(factory):
         raise FactoryError(f"{module_name} has no function {name!r}")
+    if _needs_arguments(factory):
+        raise FactoryError(f"{spec} must be a function without arguments, got {name}{inspect.signature(factory)}")
     return factory  # type: ignore[no-any-return]
+
+
+def _needs_arguments(factory: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(factory).bind()
+    except TypeError:
+        return True
+    except ValueError:  # some built-in functions have no signature
+        return False
+    return False
 
 
 def run(spec: str, as_json: bool, console: Console) -> None:
@@ -133,7 +146,10 @@ def run(spec: str, as_json: bool, console: Console) -> None:
             f"{spec} must return (model, criterion, inputs, targets), targets left out where criterion is None; "
             f"it returned {type(made).__name__}"
         )
-    rates = starting_rates(*made)
+    try:
+        rates = starting_rates(*made)
+    except (TypeError, ValueError) as error:
+        raise FactoryError(f"{spec}: {error}") from error
     if as_json:
         print(json.dumps([_finite(asdict(rate)) for rate in rates], indent=2, allow_nan=False))
     else:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from catapult_opt import CatapultPolicy, CatapultSGD
+from catapult_opt import CatapultPolicy, CatapultSGD, MeasurementError
 
 STEPS = 200
 
@@ -47,10 +47,11 @@ class Outcome:
     after: float
     finite: bool  # the loss and every weight
     what: dict[str, Any]
+    refused: str = ""  # the first batch could not be measured, and the error said so
 
     @property
     def failed(self) -> bool:
-        return not self.finite or self.after > self.before
+        return not self.refused and (not self.finite or self.after > self.before)
 
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
@@ -88,7 +89,7 @@ def make(seed: int) -> Problem:
     return Problem(
         seed,
         model.to(dtype),
-        LOSSES[loss](),
+        nn.HuberLoss(delta=unit) if loss == "huber" else LOSSES[loss](),
         x.to(dtype),
         y,
         batch,
@@ -124,7 +125,10 @@ def run(seed: int, *, steps: int = STEPS, total_known: bool = True) -> Outcome:
         for rows in torch.randperm(n, generator=order).split(problem.batch) if problem.batch < n else [slice(None)]:
             optimizer.zero_grad()
             problem.criterion(problem.model(problem.x[rows]), problem.y[rows]).backward()
-            optimizer.step()
+            try:
+                optimizer.step()
+            except MeasurementError as error:
+                return Outcome(seed, before, before, True, problem.what, refused=str(error))
             done += 1
             if done == steps:
                 break

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, jvp
 
+from catapult_opt.checks import check_whole_number
 from catapult_opt.curvature.eigensolver import top_eigenvalue
 from catapult_opt.curvature.vectors import Vector, norm, random_unit, scaled
 from catapult_opt.replay import preserved
@@ -139,6 +140,8 @@ def hessian_norm(
     x = sample.detach().reshape(1, -1) if sample.ndim == 1 else sample.detach()
     if len(x) != 1:
         raise ValueError(f"sample must be one input (d,), got shape {tuple(sample.shape)}")
+    _at_least("tol", tol, 0)
+    check_whole_number("max_matvecs", max_matvecs)
     with torch.inference_mode(False), torch.enable_grad():
         outputs = network(x)[0] if vertex is None else network.pre_activation(x, vertex)
         hessians = [_Hessian(output, list(network.parameters())) for output in outputs]
