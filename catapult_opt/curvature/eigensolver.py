@@ -21,6 +21,8 @@ Matrix = npt.NDArray[np.float64]
 _BASIS = 4
 # Ritz values below this fraction of the top one take no part in the improved estimate.
 _SAFE = 0.02
+# Less than this part of a product left outside of the basis is worth a second orthogonalisation, for its rounding.
+_CANCELLED = 0.1
 # The error of a Ritz value is about residual^2 / gap: this times sqrt(tol) is safe down to gaps of a sixteenth.
 _RESIDUAL = 0.25
 
@@ -244,12 +246,14 @@ class _Krylov:
 def _split(vector: Vector, basis: list[Vector]) -> tuple[Matrix, Vector]:
     """Coefficients of a vector in the basis and along the unit vector that is left, and that one ([]: nothing left)."""
     overlaps = np.zeros(len(basis))
-    left = scaled(vector, 1.0)  # ours to change
-    for _ in range(2):  # twice, for rounding
+    left, rest = scaled(vector, 1.0), math.inf  # ours to change
+    for _ in range(2):
         parts = torch.stack([dot(v, left) for v in basis]).double().cpu().numpy()  # one transfer from the device
         add_(left, basis, [-float(part) for part in parts])
         overlaps += parts
-    rest = float(norm(left))
+        rest = float(norm(left))
+        if rest > _CANCELLED * float(np.linalg.norm(overlaps)):
+            break
     column = np.append(overlaps, rest)
     if not rest > 1e-5 * float(np.linalg.norm(column)):
         return column, []
