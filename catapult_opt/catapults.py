@@ -17,6 +17,15 @@ _SPIKE = 1.2
 _COLLAPSED = 1e-6
 
 
+def above(level: float, factor: float) -> float:
+    """factor * level; of a negative loss, as far above it.
+
+    >>> above(2.0, 1.5), above(-2.0, 1.5)
+    (3.0, -1.0)
+    """
+    return level + (factor - 1) * abs(level)
+
+
 def is_super_critical(rate: float, eta_crit: float) -> bool:
     """The thesis' count of catapults in SGD (Sec. 4.4): eta - eta_crit(X_batch) > 1e-8."""
     return rate - eta_crit > _EPSILON
@@ -136,7 +145,7 @@ class CatapultCounter:
         s = self._state
         if s.spiking:
             return self._spike()
-        if s.loss > _SPIKE * s.low:
+        if s.loss > above(s.low, _SPIKE):
             s.spiking, s.peaked, s.peak = True, False, s.loss
             return [("catapult_started", {"loss": s.loss, "low": s.low})]
         # A rise counts from the lowest loss of the super-critical steps that led to it.

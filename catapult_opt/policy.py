@@ -12,11 +12,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .catapults import Event
+from .catapults import Event, above
 from .checks import check_whole_number
 
 # Stands for "no curvature at all", where 2 / lambda is infinite.
 _LARGEST_RATE = 1e30
+_LEAST_LOG = -600.0  # of a rate: its exponential is still a number
+# An attempt is never below this part of the critical rate, however many have failed: it has to find back.
+_LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class _State:
     interval: int = 1  # between measurements, once settled
     entered: int = 0  # step at which the phase was entered
     spiked: int = 0  # step at which the loss left `low`
+    undone: int = 0  # step of the last restore
     updates: int = 0  # that the mean loss ran over,
     measured: int = 0  # and the mean curvature
     mean_loss: float = 0.0
@@ -129,7 +133,7 @@ class Catapulter:
     def eta_crit(self) -> float:
         """The critical rate acted on: that of the mean log curvature, plus `caution` times its spread."""
         s = self._state
-        return math.exp(-s.mean_log_curvature - self.policy.caution * self.spread)
+        return math.exp(max(-s.mean_log_curvature - self.policy.caution * self.spread, _LEAST_LOG))
 
     @property
     def spread(self) -> float:
@@ -159,29 +163,32 @@ class Catapulter:
         """
         s, p = self._state, self.policy
         s.first = s.first or loss
-        if s.rate and not loss <= p.fatal * s.first:
+        if s.rate and not -math.inf < loss <= p.fatal * abs(s.first):
             return self._undo(step, loss)
         h = p.smoothing or smoothing
-        too_high = loss > p.ceiling * s.first  # this very loss: a mean over many steps would see it too late
+        too_high = loss > p.ceiling * abs(s.first)  # this very loss: a mean over many steps would see it too late
         loss, measured = self._averaged(loss, eta_crit, h), eta_crit is not None
+        if self._lost(step, loss, h):
+            return self._undo(step, loss)
         eta_crit = self.eta_crit
         over = p.total_steps is not None and step > p.settle * p.total_steps
         if s.phase == "arm":
             s.low = min(s.low, loss)
-            if loss > p.spike * s.low:
+            if loss > above(s.low, p.spike):
                 self._enter("hot", step)
                 s.spiked = step
         if s.phase == "hot":
-            paid = measured and loss > p.spike * s.low and eta_crit > p.drop * s.armed
+            paid = measured and loss > above(s.low, p.spike) and eta_crit > p.drop * s.armed
             if too_high or paid or over or step - s.entered >= max(p.hot_steps, h // 2):
                 self._enter("cool", step)
         events = self._recovery(step, loss, eta_crit, measured, h) if s.phase in ("hot", "cool") else []
+        due = s.phase == "start" or (s.phase == "arm" and step - s.entered >= max(p.arm_steps, h))
+        fresh = measured and due and not (over and s.rate)  # the very first step always is: there is a snapshot then
+        if fresh:
+            self._arm(step, loss, eta_crit)
         if over and s.phase in ("start", "arm"):  # a catapult under way is brought home first
             self._enter("settle", step)
             s.low = loss
-        fresh = measured and (s.phase == "start" or (s.phase == "arm" and step - s.entered >= max(p.arm_steps, h)))
-        if fresh:
-            self._arm(step, loss, eta_crit)
         s.rate = self._rate(eta_crit)
         return Decision(
             s.rate,
@@ -205,7 +212,7 @@ class Catapulter:
     def _next_settled(self, step: int, loss: float, measured: bool, h: int) -> int:
         """1, 2, 4, ... steps on: right after a catapult eta_crit still falls, and a stale one would raise the loss."""
         s, p = self._state, self.policy
-        if s.entered == step or loss > p.spike * s.low:
+        if s.entered == step or loss > above(s.low, p.spike):
             s.interval = 1
         elif measured:
             s.interval = min(2 * s.interval, max(p.measure_settled, h))
@@ -221,7 +228,7 @@ class Catapulter:
         if eta_crit is not None:
             s.measured += 1
             weight = 1.0 / min(s.measured, h)
-            off = -math.log(min(eta_crit, _LARGEST_RATE)) - s.mean_log_curvature
+            off = -math.log(min(max(eta_crit, 1 / _LARGEST_RATE), _LARGEST_RATE)) - s.mean_log_curvature
             s.mean_log_curvature += weight * off
             s.var_log_curvature = (1 - weight) * (s.var_log_curvature + weight * off**2)
         return s.mean_loss
@@ -254,12 +261,25 @@ class Catapulter:
             return min(s.attempt, p.cool * eta_crit)
         return min(s.rate, s.kappa * eta_crit)
 
+    def _lost(self, step: int, loss: float, h: int) -> bool:
+        """Above the first loss, and no time left to come back: out of patience, or the training about to end."""
+        s, p = self._state, self.policy
+        if s.updates < min(h, 10) or not loss > above(s.first, 1.0 if h == 1 else p.spike):
+            return False
+        ending = p.total_steps is not None and step > (1 + p.settle) / 2 * p.total_steps
+        return ending or (s.phase in ("hot", "cool") and step - s.spiked >= max(p.patience, 4 * h))
+
     def _undo(self, step: int, loss: float) -> Decision:
         """Beyond recovery: put the snapshot back and try again, more gently."""
         s = self._state
-        s.kappa = 1 + (s.kappa - 1) / 2
-        s.rate = s.attempt = s.attempt / 4
+        if s.undone and s.undone == step - 1:  # at the snapshot's own weights: the rate cannot be to blame
+            s.first = loss if math.isfinite(loss) else s.first
+        else:
+            s.kappa = 1 + (s.kappa - 1) / 2
+            s.attempt = max(s.attempt / 4, _LEAST * s.armed)
+        s.rate, s.undone = s.attempt, step
         s.phase, s.entered, s.low = "arm", step, math.inf
         # The averages start again from the snapshot's.
         s.updates, s.measured, s.mean_log_curvature = 0, 0, -math.log(s.armed)
+        s.rate = self._rate(self.eta_crit)
         return Decision(s.rate, s.phase, restore=True, events=(("restore", {"loss": loss, "kappa": s.kappa}),))

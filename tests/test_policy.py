@@ -73,11 +73,26 @@ def test_a_loss_of_exactly_zero_does_not_make_every_later_loss_fatal() -> None:
 
 
 def test_a_catapult_that_does_not_return_is_given_up_and_the_next_is_gentler() -> None:
-    decisions = run([1.0] + [3.0] * 130)
+    decisions = run([10.0, 1.0] + [3.0] * 130)
     backed = [(i, d) for i, d in enumerate(decisions, 1) if any(name == "back_off" for name, _ in d.events)]
-    assert backed[0][0] == 102
+    assert backed[0][0] == 103
     assert dict(backed[0][1].events)["back_off"]["kappa"] == pytest.approx(1.5)
     assert not any(d.restore for d in decisions)
+
+
+def test_a_catapult_that_does_not_return_and_is_above_the_first_loss_is_undone() -> None:
+    decisions = run([1.0] + [3.0] * 130)
+    undone = [i for i, d in enumerate(decisions, 1) if d.restore]
+    assert undone[0] == 102
+    assert not any(name == "back_off" for d in decisions for name, _ in d.events)
+
+
+def test_a_training_about_to_end_above_its_first_loss_is_undone() -> None:
+    """Not while there is time: at 85 of 100 steps."""
+    losses = [1.0] * 30 + [5.0] * 70
+    decisions = run(losses, total_steps=100, patience=90)
+    assert next(i for i, d in enumerate(decisions, 1) if d.restore) == 86
+    assert all(d.rate > 0 for d in decisions)
 
 
 def test_settles_below_the_edge_when_the_length_is_known() -> None:
