@@ -12,6 +12,7 @@ from torch.optim import Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from .curvature.critical import adam_critical_lr, sgd_critical_lr
 from .curvature.operators import Scale
+from .distributed import local
 
 Group = dict[str, Any]
 
@@ -54,12 +55,13 @@ def next_update(
     inverse, critical = _ADAPTIVE[_adaptive_kind(optimizer)]
     tensors: Scale = None
     if scale:
-        tensors = [r * inverse(g, p, optimizer.state.get(p, {})) for r, (g, p) in zip(relative, members, strict=True)]
+        scales = (r * inverse(g, p, optimizer.state.get(p, {})) for r, (g, p) in zip(relative, members, strict=True))
+        tensors = [local(x) for x in scales]
     return BaseUpdate(largest, tensors, lambda lam: min(critical(g, lam) for g in groups))
 
 
 def check_supported(optimizer: Optimizer) -> None:
-    """A TypeError if the critical rate of this optimizer's update is not known."""
+    """A TypeError if the critical rate of this optimizer's update is not known, or there is none (Muon)."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if not _is_sgd(optimizer):
@@ -75,6 +77,12 @@ def _adaptive_kind(optimizer: Optimizer) -> type[Optimizer]:
     for kind in _ADAPTIVE:
         if isinstance(optimizer, kind):
             return kind
+    if type(optimizer).__name__ == "Muon":
+        raise TypeError(
+            "optimizer: Muon's update has no critical rate. It is orthogonalised, so that its size is lr whatever the "
+            "gradient's: on a quadratic it comes to hover at a distance of about lr, at any lr and any curvature. "
+            "Drive the optimizer of the other parameters (AdamW), and leave Muon at its own rate"
+        )
     raise TypeError(
         f"optimizer must be one of SGD, Adam, AdamW, RMSprop, Adagrad or CatapultSGD, whose critical rates are known; "
         f"got {type(optimizer).__name__}"

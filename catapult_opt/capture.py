@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from .distributed import local
 from .replay import ForwardCall, is_measuring, record_forward
 from .scaling import LossScaler, UnannouncedScaler, scale_of
 from .trees import tensors_in
@@ -156,6 +157,7 @@ class Capture:
         params: gives the optimizer's trainable parameters, which may change (groups added, layers unfrozen).
         outputs: with criterion None, picks the scalar loss from what the model returns.
         grad_scaler: the torch.amp.GradScaler that scales the step's loss, if one does.
+        called: the wrapper that the loop calls and whose outputs it sees, where the model stands inside one.
 
     A criterion call is kept alive by its loss until backward runs: a loss that is thrown away (validation with
     gradients enabled) frees its graph at once, as it would without hooks.
@@ -168,6 +170,7 @@ class Capture:
         params: Callable[[], Sequence[Tensor]],
         outputs: Callable[[Any], Any] | None = None,
         grad_scaler: LossScaler | None = None,
+        called: nn.Module | None = None,
     ) -> None:
         self.model = model
         self.criterion = criterion
@@ -185,7 +188,7 @@ class Capture:
         self._started: list[ForwardCall] = []
         self._handles = [
             model.register_forward_pre_hook(_Hook(self, "_before_forward"), with_kwargs=True),
-            model.register_forward_hook(_Hook(self, "_after_forward"), with_kwargs=True),
+            (called or model).register_forward_hook(_Hook(self, "_after_forward"), with_kwargs=True),
         ]
         if criterion is not None:
             hook = _Hook(self, "_after_criterion")
@@ -288,9 +291,10 @@ class Capture:
         loss.register_hook(_Weigh(self, call))  # type: ignore[no-untyped-call]
 
     def _backward_ran(self, call: LossCall, weight: Tensor) -> None:
-        if self._done and all(p.grad is None for p in self._params()):
+        if self._done and all(p.grad is None and local(p) is p for p in self._params()):
             # Gradients were reset and no step came: that one was skipped (GradScaler). Terms of this same backward pass
-            # have no gradients yet either, but they had not finished when this call was made.
+            # have no gradients yet either, but they had not finished when this call was made. Sharded parameters do not
+            # show what micro-batches without synchronisation left.
             self._done = [done for done in self._done if done.finished >= call.made]
         call.weight, call.finished = weight.detach(), self._calls_seen
         if self._scaler is not None:

@@ -27,6 +27,7 @@ from .curvature.operators import (
 )
 from .curvature.output_hessian import OutputHessian
 from .curvature.vectors import Vector, random_unit
+from .distributed import ALONE, Group, local
 from .replay import precise, preserved, record_forward, replay
 from .trees import map_tensors
 
@@ -75,41 +76,49 @@ def measure(
     engine: str = "finite-difference",
     tol: float = 0.02,
     max_matvecs: int = 5,
+    group: Group = ALONE,
 ) -> tuple[CriticalLR, Vector | None]:
     """Top curvature of captured loss calls at the present weights, and the vector to start the next one from (if any).
 
     Args:
         model, criterion, params: as captured; params are those the curvature is taken over.
         calls: from `Capture.take` of an armed step.
-        start: warm-start vector, one tensor per parameter (None or all zeros: random).
+        start: warm-start vector, one tensor per parameter (None or all zeros: random); of the rank's own parts, as the
+            vector returned, where parameters are sharded.
         step: finite-difference step, calibrated in place.
         outputs: with criterion None, picks the loss from the model's output.
         scale: relative rate of each parameter (over its preconditioner), see `operators`.
         engine: a matrix-free one, or "layerwise-gram" where it applies (else finite differences).
         tol, max_matvecs: see `top_eigenvalue`.
+        group: the processes that train together, each with the calls of its part of the batch; see `distributed`.
 
     Raises:
         MeasurementError: nothing usable was captured, or the curvature is not finite.
     """
-    _check(calls, params)
+    _check(calls, params, group)
     with preserved(model, criterion, params):
         if engine == GRAM and criterion is not None:
-            gram = _by_gram(model, params, calls, scale)
+            gram = _by_gram(model, params, calls, scale, group)
             if gram is not None:
                 return gram, None
         operator: GGN | LossHessian
         if criterion is None:
-            operator = LossHessian(model, params, calls, outputs, scale, engine)
+            operator = LossHessian(model, params, calls, outputs, scale, engine, group)
         else:
             matrix_free = FINITE_DIFFERENCE if engine == GRAM else engine
-            operator = GGN(model, params, calls, step or StepSize(), scale, matrix_free)
-        if start is None or not any(bool(x.any()) for x in start):
-            start = random_unit(params)
+            operator = GGN(model, params, calls, step or StepSize(), scale, matrix_free, group)
+        if start is None or not group.any(any(bool(x.any()) for x in start)):
+            start = random_unit([local(p) for p in params], group.seed, group.total)
         else:
-            start = [x.to(p) for x, p in zip(start, params, strict=True)]  # moved, or loaded from elsewhere
+            start = [x.to(local(p)) for x, p in zip(start, params, strict=True)]  # moved, or loaded from elsewhere
         try:
             estimate = top_eigenvalue(
-                operator.matvec, start, tol=tol, max_matvecs=max_matvecs, semidefinite=operator.semidefinite
+                operator.matvec,
+                start,
+                tol=tol,
+                max_matvecs=max_matvecs,
+                semidefinite=operator.semidefinite,
+                total=group.total,
             )
             if engine not in (FINITE_DIFFERENCE, GRAM) and estimate.asymmetry > _ASYMMETRY:
                 raise MeasurementError(
@@ -119,8 +128,8 @@ def measure(
         except FloatingPointError as error:
             raise MeasurementError(f"{error}: is there a NaN or inf in the batch or the weights?") from error
         if isinstance(operator, GGN):
-            _refuse_linear(criterion, operator.hessians, estimate.value)
-        ntk = _ntk(operator.hessians, estimate.value) if isinstance(operator, GGN) and scale is None else None
+            _refuse_linear(criterion, operator.hessians, estimate.value, group)
+        ntk = _ntk(operator.hessians, estimate.value, group) if isinstance(operator, GGN) and scale is None else None
     result = CriticalLR(
         _edge(estimate.value), estimate.value, ntk, estimate.residual, estimate.matvecs, estimate.converged
     )
@@ -131,14 +140,18 @@ def _edge(lambda_max: float) -> float:
     return 2.0 / lambda_max if lambda_max > 0 else math.inf
 
 
-def _by_gram(model: nn.Module, params: Sequence[Tensor], calls: Sequence[LossCall], scale: Scale) -> CriticalLR | None:
+def _by_gram(
+    model: nn.Module, params: Sequence[Tensor], calls: Sequence[LossCall], scale: Scale, group: Group
+) -> CriticalLR | None:
     """Exact, from one forward and one backward pass; None where the network or the batch is not of that kind."""
+    if group.size > 1:  # the kernel also has entries between the samples of different processes
+        return None
     if (calls[0].forwards[0].batch_size or 0) > LARGEST_BATCH:
         return None
     try:
         value, hessian = gram_lambda_max(model, params, calls, scale)
-        _refuse_linear(calls[0].criterion, [hessian], value)
-        ntk = _ntk([hessian], value) if scale is None else None
+        _refuse_linear(calls[0].criterion, [hessian], value, group)
+        ntk = _ntk([hessian], value, group) if scale is None else None
     except NotLayerwise:
         return None
     if not math.isfinite(value):
@@ -147,22 +160,31 @@ def _by_gram(model: nn.Module, params: Sequence[Tensor], calls: Sequence[LossCal
 
 
 def choose_engine(
-    model: nn.Module, criterion: nn.Module | None, params: Sequence[Tensor], calls: Sequence[LossCall], scale: Scale
+    model: nn.Module,
+    criterion: nn.Module | None,
+    params: Sequence[Tensor],
+    calls: Sequence[LossCall],
+    scale: Scale,
+    group: Group = ALONE,
 ) -> tuple[str, str]:
     """The engine for this kind of step, and why; decided on the first one measured."""
-    _check(calls, params)
+    _check(calls, params, group)
     if criterion is None:
         return "hessian", "the model returns the loss"
     with preserved(model, criterion, params):
-        if other_masks(model, calls):
+        if group.any(other_masks(model, calls)):
             raise MeasurementError(
                 "the loop calls torch.compile's version of the model, whose random numbers (dropout) differ from those "
                 "of the uncompiled one: pass the compiled module as model="
             )
-        if not reproduces(model, params, calls):
+        if group.any(not reproduces(model, params, calls)):
+            if group.sharded:
+                raise MeasurementError(
+                    "the model does not repeat its own outputs, and sharded weights allow only differences of them"
+                )
             return "double-backward", "the model does not repeat its own outputs, which rules out differences of them"
-        matrix_free, reason = _matrix_free(model, params, calls)
-        gram = _by_gram(model, params, calls, scale)
+        matrix_free, reason = _matrix_free(model, params, calls, group)
+        gram = _by_gram(model, params, calls, scale, group)
     if gram is not None:
         found, _ = measure(model, criterion, params, calls, scale=scale, engine=matrix_free, tol=1e-3, max_matvecs=20)
         if abs(gram.lambda_max - found.lambda_max) <= 0.02 * gram.lambda_max:
@@ -170,14 +192,21 @@ def choose_engine(
     return matrix_free, reason
 
 
-def _matrix_free(model: nn.Module, params: Sequence[Tensor], calls: Sequence[LossCall]) -> tuple[str, str]:
+def _matrix_free(
+    model: nn.Module, params: Sequence[Tensor], calls: Sequence[LossCall], group: Group
+) -> tuple[str, str]:
     """The first engine whose J v agrees with the backward pass; only inside `preserved`."""
     tried = []
-    for engine in (FINITE_DIFFERENCE, "forward", "double-backward"):
+    for engine in (FINITE_DIFFERENCE,) if group.sharded else (FINITE_DIFFERENCE, "forward", "double-backward"):
+        error, why = 0.0, "it failed on another process"
         try:
-            error = adjoint_error(model, params, calls[0], engine)
+            if calls:
+                error = adjoint_error(model, params, calls[0], engine, group)
         except (RuntimeError, NotImplementedError) as failure:
-            tried.append(f"{engine}: {failure}")
+            error, why = math.inf, str(failure)
+        error = group.highest([error])[0]
+        if math.isinf(error):
+            tried.append(f"{engine}: {why}")
             continue
         if error <= _MISMATCH:
             works = "works on everything, one forward and backward pass a product"
@@ -186,27 +215,35 @@ def _matrix_free(model: nn.Module, params: Sequence[Tensor], calls: Sequence[Los
     raise MeasurementError("no engine can measure this model. " + "; ".join(tried))
 
 
-def _check(calls: Sequence[LossCall], params: Sequence[Tensor]) -> None:
+def _check(calls: Sequence[LossCall], params: Sequence[Tensor], group: Group) -> None:
+    """On all processes alike: the others would wait for one that stops."""
+    problem = _problem(calls, params) if calls or group.size == 1 else ""
+    if group.any(bool(problem)):
+        raise MeasurementError(problem or "another process cannot measure its part of the batch; its error says why")
+
+
+def _problem(calls: Sequence[LossCall], params: Sequence[Tensor]) -> str:
     if not calls or any(not call.forwards for call in calls):
-        raise MeasurementError(
+        return (
             "the criterion was called on something that does not come from the model: pass the model whose outputs "
             "reach the criterion (checkpointing the whole model needs use_reentrant=False)"
         )
     for problem in (call.problem for call in calls):
         if problem:
-            raise MeasurementError(problem)
+            return problem
     if any(f.inputs_depend_on(params) for call in calls for f in call.forwards):
-        raise MeasurementError(
+        return (
             "the model's inputs were computed from its own parameters (by an earlier forward pass, for instance): "
             "detach them, or pass as model= a module that does all of it in one forward pass"
         )
     if any(f.inputs_changed() for call in calls for f in call.forwards):
-        raise MeasurementError("the batch was modified in place between the forward pass and step(): copy it instead")
+        return "the batch was modified in place between the forward pass and step(): copy it instead"
+    return ""
 
 
-def _refuse_linear(criterion: nn.Module | None, hessians: Sequence[OutputHessian], value: float) -> None:
+def _refuse_linear(criterion: nn.Module | None, hessians: Sequence[OutputHessian], value: float, group: Group) -> None:
     """No curvature at all: is it the criterion, which has none in what it is given?"""
-    if value != 0 or any(h.curved() for h in hessians):
+    if value != 0 or group.any(any(h.curved() for h in hessians)):
         return
     name = type(criterion).__name__
     if isinstance(criterion, LossModule):
@@ -224,13 +261,14 @@ def _refuse_linear(criterion: nn.Module | None, hessians: Sequence[OutputHessian
     )
 
 
-def _ntk(hessians: Sequence[OutputHessian], value: float) -> float | None:
-    """lambda_max(J J^T) where every term of the loss is the same multiple of a squared error."""
-    multiples = [h.as_multiple_of_identity() for h in hessians]
-    first = multiples[0]
-    if first is None or any(m is None or abs(m - first) > 1e-5 * first for m in multiples):
+def _ntk(hessians: Sequence[OutputHessian], value: float, group: Group) -> float | None:
+    """lambda_max(J J^T) where every term of the loss, on all processes, is the same multiple of a squared error."""
+    multiples = [math.inf if m is None else m for m in (h.as_multiple_of_identity() for h in hessians)]
+    lowest, highest = min(multiples, default=math.inf), max(multiples, default=-math.inf)
+    highest, negated = group.highest([highest, -lowest])
+    if not (math.isfinite(highest) and highest + negated <= 1e-5 * highest):
         return None
-    return value / first
+    return value * group.size / highest
 
 
 def critical_lr(

@@ -21,8 +21,9 @@ from .bases import BaseUpdate, check_supported, next_update
 from .capture import Capture, LossCall, as_module
 from .catapults import CatapultCounter, Event, is_super_critical
 from .checks import check_whole_number
-from .curvature.operators import ENGINES, StepSize
+from .curvature.operators import ENGINES, FINITE_DIFFERENCE, StepSize
 from .curvature.vectors import Vector
+from .distributed import Group, group_of, local, reshard, unwrapped
 from .measure import GRAM, CriticalLR, MeasurementError, MeasurementWarning, choose_engine, measure, trainable
 from .runlog import RunLogWriter
 from .scaling import LossScaler, check_scaler
@@ -70,8 +71,8 @@ class Clock:
     What quiet phases leave of the share is there for catapults, which want many measurements at once.
     """
 
-    def __init__(self, overhead: float | None) -> None:
-        self._overhead = overhead
+    def __init__(self, overhead: float | None, group: Group) -> None:
+        self._overhead, self._group = overhead, group
         self._began: float | None = None
         self._lap = 0.0
         self.spent = 0.0  # seconds
@@ -82,7 +83,7 @@ class Clock:
 
     @property
     def affordable(self) -> bool:
-        return self._overhead is None or self.spent <= self._overhead * self.elapsed
+        return self._overhead is None or not self._group.any(self.spent > self._overhead * self.elapsed)
 
     def start(self) -> None:
         """At the first step: the clock runs from here."""
@@ -118,6 +119,7 @@ class Session:
         engine: how curvature is measured, see `CatapultSGD`.
         log: path of the run log, or None.
         settings: for the header of the log.
+        process_group: whose ranks train together, see `CatapultSGD`.
         copies: of the parameters that the face keeps, for the log.
 
     Losses on an accelerator are read, which waits for it, on measured steps and where asked for; the others stay there
@@ -139,10 +141,11 @@ class Session:
         settings: dict[str, Any],
         grad_scaler: LossScaler | None,
         copies: int,
+        process_group: Any,
     ) -> None:
         check_scaler(grad_scaler)
         check_overhead(overhead)
-        check_model(model, [p for group in optimizer.param_groups for p in group["params"]])
+        check_model(model, _params(optimizer))
         if every is not None:
             check_whole_number("every", every)
         if engine not in ("auto", GRAM, *ENGINES):
@@ -153,7 +156,13 @@ class Session:
             raise TypeError(f"outputs must be a function of the model's output, got {outputs!r}")
         if log is not None and not isinstance(log, (str, os.PathLike)):
             raise TypeError(f"log must be a path, got {log!r}")
-        self.model = model
+        self._called, self._process_group = model, process_group
+        self._group = group_of(model, _params(optimizer), process_group)
+        if self._group.sharded and engine not in ("auto", FINITE_DIFFERENCE):
+            raise ValueError(
+                f"engine must be auto or {FINITE_DIFFERENCE} for a model under fully_shard, got {engine!r}"
+            )
+        self.model = unwrapped(model)
         self.criterion = None if criterion is None else as_module(criterion)
         self._optimizer = weakref.ref(optimizer)  # no cycle: hooks and log go when the optimizer goes
         self._counter = CatapultCounter()
@@ -163,11 +172,11 @@ class Session:
         self.engine = "" if engine == "auto" else engine  # decided on the first measured step
         self._events: list[Event] = []  # of the present step
         self._every = every
-        self._clock = Clock(overhead)
+        self._clock = Clock(overhead, self._group)
         self._copies = copies
         self._outputs = outputs
         self._face, self._settings = face, settings
-        self._writer = None if log is None else RunLogWriter(log)
+        self._writer = RunLogWriter(log) if log is not None and self._group.writes else None
         self._waiting: list[_Entry] = []  # for their losses
         self._finish = weakref.finalize(self, _finish, self._waiting, self._counter, self._writer)
         self._started = self._rewound = False
@@ -179,13 +188,18 @@ class Session:
         self._measured_at = 0  # step of the last measurement
         self._previous = ""  # fingerprint of the last measured batch
         params = functools.partial(_trainable, self._optimizer)
-        self.capture = Capture(model, self.criterion, params, outputs, grad_scaler)
+        self.capture = Capture(self.model, self.criterion, params, outputs, grad_scaler, called=model)
         self.capture.arm()
 
     @property
     def params(self) -> list[Tensor]:
         """The optimizer's trainable parameters at present: groups are added and layers unfrozen along the way."""
         return _trainable(self._optimizer)
+
+    @property
+    def together(self) -> bool:
+        """Does this process train with others?"""
+        return self._group.size > 1
 
     @property
     def counter(self) -> CatapultCounter:
@@ -200,8 +214,16 @@ class Session:
         return waited
 
     def saw_nothing(self) -> bool:
-        """No forward pass since the last step: the call of an initialiser, or a mistake."""
-        return self.capture.forwards_seen == 0 and not self.capture.pending
+        """No forward pass since the last step, on no process: the call of an initialiser, or a mistake."""
+        nothing = self.capture.forwards_seen == 0 and not self.capture.pending
+        return not self._group.any(not nothing)
+
+    def initialising(self) -> bool:
+        """A step at rate 0 without a loss: torch.distributed.checkpoint makes the optimizer's state so."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        still = all(float(g["lr"]) == 0 for g in optimizer.param_groups)
+        return still and not self._group.any(not self.capture.problem())
 
     def observe(self, start: Vector | None, update: BaseUpdate, need_loss: bool = False) -> Observation:
         """Take the step's captured calls; on a measured step find its critical rate.
@@ -214,14 +236,7 @@ class Session:
         Raises:
             RuntimeError: nothing was captured; says what to do.
         """
-        problem = self.capture.problem()
-        if problem:
-            raise RuntimeError(problem)
-        if self.capture.armed:
-            self._check_params()
-        calls = self.capture.take()
-        late = torch.stack([c.value * c.weight for c in calls if c.weight is not None]).sum()
-        read = need_loss or self.capture.armed or late.device.type == "cpu"
+        calls, late, read = self._taken(need_loss)
         loss = _catch_up(self._waiting, self._counter, self._writer, late) if read else None
         if self._counter.measured_steps == 0 and loss is not None and not math.isfinite(loss):
             raise MeasurementError(f"the first loss is {loss}: is there a NaN or inf in the batch or the weights?")
@@ -240,6 +255,29 @@ class Session:
         seconds = self._clock.spend(time.perf_counter() - begun if self.capture.armed else 0.0)
         smoothing = 1 if self._repeated else _MINI_BATCH_SMOOTHING
         return Observation(loss, found, vector, seconds, smoothing, None if read else late)
+
+    def _taken(self, need_loss: bool) -> tuple[list[LossCall], Tensor, bool]:
+        """The step's calls of this process, the loss of all, and whether that is to be read."""
+        if self.step == 0 and self._group.size == 1:  # torch.distributed may have been set up since
+            group_of(self._called, self.params, self._process_group)
+        problem = self.capture.problem()
+        if problem and self._group.size == 1:
+            raise RuntimeError(problem)
+        if self.capture.armed:
+            self._check_params()
+        calls = [] if problem else self.capture.take()
+        values = [c.value * c.weight for c in calls if c.weight is not None]
+        late = torch.stack(values).sum() if values else torch.zeros((), device=self.params[0].device)
+        read = need_loss or self.capture.armed or late.device.type == "cpu"
+        if self._group.size > 1:
+            # A rank without data may go along, but not where weights are gathered: that needs its forward passes.
+            out = float(bool(problem)) * (self._group.size if self._group.sharded else 1)
+            late, missing = self._group.mean(torch.stack([late.double(), late.double().new_tensor(out)]))
+            if problem:
+                self.capture.clear()
+            if read and float(missing) >= 1:
+                raise RuntimeError(problem or "another process has no loss to measure; its error says why")
+        return calls, late, read
 
     def record(
         self,
@@ -359,7 +397,9 @@ class Session:
         cold = self._counter.measured_steps == 0
         try:
             if not self.engine:
-                self.engine, reason = choose_engine(self.model, self.criterion, self.params, calls, update.scale)
+                self.engine, reason = choose_engine(
+                    self.model, self.criterion, self.params, calls, update.scale, self._group
+                )
                 self._events.append(("engine", {"engine": self.engine, "reason": reason}))
             found, vector = measure(
                 self.model,
@@ -373,12 +413,14 @@ class Session:
                 engine=self.engine,
                 tol=_COLD_TOL if cold else _TOL,
                 max_matvecs=_COLD_MATVECS if cold else _MATVECS,
+                group=self._group,
             )
             if cold and not found.lambda_max > 0:
                 raise MeasurementError(
                     f"the first batch has no curvature (lambda_max = {found.lambda_max:g}), so that any rate would do: "
                     "does the output depend on the weights at all, or are all units dead?"
                 )
+            self.step_size.relative = self._group.highest([self.step_size.relative])[0]
         except Exception as error:
             if self._counter.measured_steps == 0:
                 self.step -= 1
@@ -398,7 +440,7 @@ class Session:
             return
         if self.capture.armed:  # the first step always is; a resumed run knows from before
             sizes = [f.batch_size for call in calls for f in call.forwards]
-            self._batch_size = sum(s for s in sizes if s is not None) or None
+            self._batch_size = int(self._group.sum(sum(s for s in sizes if s is not None))) or None
         if self._writer is not None:
             self._begin_log(self._writer)
         self._started = True
@@ -410,7 +452,7 @@ class Session:
             "settings": self._settings,
             "batch_size": self._batch_size,
             "parameters": sum(p.numel() for p in self.params),
-            "extra_bytes": self._copies * sum(p.numel() * p.element_size() for p in self.params),
+            "extra_bytes": self._copies * sum(local(p).numel() * p.element_size() for p in self.params),
         }
         writer.start(header, resumed_at=self.step if self.step > 0 or self._rewound else None)
         for step, numbers in self._early:
@@ -439,9 +481,12 @@ class Session:
     def _notice_repetition(self, calls: Sequence[LossCall]) -> None:
         """Is this batch the same as the last one measured (full-batch training)? Then nothing has to be averaged."""
         tensors = [t for call in calls for f in call.forwards for t in tensors_in((f.args, f.kwargs))]
-        if not tensors:
+        batch = _fingerprint(tensors[0]) if tensors else ""
+        if self._group.size > 1:  # the same on all: one number of all parts (a rank without data has none)
+            parts = self._group.sum(zlib.crc32(batch.encode()) if batch or not calls else math.nan)
+            batch = "" if math.isnan(parts) else f"{parts:.0f}"
+        if not batch:
             return
-        batch = _fingerprint(tensors[0])
         if self._previous:
             self._repeated = batch == self._previous
         self._previous = batch
@@ -537,6 +582,7 @@ class CatapultMonitor(Beside):
         log: path of the run log (JSON lines), or None.
         outputs: with criterion=None, picks the scalar loss from what the model returns.
         grad_scaler: the torch.amp.GradScaler that scales the loss, if one does (or an object with its scale(loss)).
+        process_group: the ranks that average their gradients, see `CatapultSGD`.
 
     Raises:
         ValueError, TypeError: an argument is not usable; says which and why.
@@ -564,6 +610,7 @@ class CatapultMonitor(Beside):
         log: str | os.PathLike[str] | None = None,
         outputs: Callable[[Any], Any] | None = None,
         grad_scaler: LossScaler | None = None,
+        process_group: Any = None,
     ) -> None:
         check_supported(optimizer)
         check_whole_number("every", every)
@@ -583,6 +630,7 @@ class CatapultMonitor(Beside):
             settings=settings,
             grad_scaler=grad_scaler,
             copies=1,
+            process_group=process_group,
         )
         self._vector: Vector | None = None
         self._handle = optimizer.register_step_pre_hook(self._before_step)
@@ -593,7 +641,7 @@ class CatapultMonitor(Beside):
         self._session.detach()
 
     def _observe(self, optimizer: Optimizer) -> None:
-        if self._session.saw_nothing():
+        if self._session.initialising() or (not self._session.together and self._session.saw_nothing()):
             return
         if getattr(optimizer, "grad_scale", None) is not None:
             raise RuntimeError(
@@ -642,6 +690,10 @@ def _finish(waiting: list[_Entry], counter: CatapultCounter, writer: RunLogWrite
         writer.close()
 
 
+def _params(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def _trainable(reference: weakref.ref[Optimizer]) -> list[Tensor]:
     optimizer = reference()
     groups = [] if optimizer is None else optimizer.param_groups
@@ -650,6 +702,7 @@ def _trainable(reference: weakref.ref[Optimizer]) -> list[Tensor]:
 
 def check_model(model: nn.Module, params: Sequence[Tensor]) -> None:
     """The model must hold all trainable parameters of the optimizer, and there must be some."""
+    reshard(model)  # a validation leaves gathered weights in place of the optimizer's
     known = {id(p) for p in trainable(model)}
     if not any(p.requires_grad for p in params):
         raise ValueError("params: none of the parameters requires a gradient")

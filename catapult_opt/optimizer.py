@@ -19,6 +19,7 @@ from torch.optim.sgd import sgd
 
 from .bases import next_update
 from .curvature.vectors import Vector
+from .distributed import local
 from .measure import CriticalLR
 from .monitor import Session, check_model
 from .policy import Catapulter, CatapultPolicy, Decision
@@ -56,6 +57,11 @@ class CatapultSGD(Optimizer):
         log: path of the run log for `catapult-opt report`, or None.
         outputs: with criterion=None, picks the scalar loss from what the model returns.
         grad_scaler: the torch.amp.GradScaler that scales the loss, if one does (or an object with its scale(loss)).
+        process_group: the torch.distributed group whose ranks average their gradients. None: found from a model that is
+            a DistributedDataParallel or under `fully_shard`; has to be said where a framework wraps the model later.
+            The curvature is then that of the mean of all ranks' losses, which is what such a training descends (with
+            unequal parts of a batch a mean of means), and all ranks decide alike; rank 0 writes the log. With
+            replicated weights a rank without data in a step calls step() all the same.
 
     Raises:
         ValueError, TypeError: an argument is not usable; says which and why.
@@ -94,6 +100,7 @@ class CatapultSGD(Optimizer):
         log: str | os.PathLike[str] | None = None,
         outputs: Callable[[Any], Any] | None = None,
         grad_scaler: LossScaler | None = None,
+        process_group: Any = None,
     ) -> None:
         if fused:
             raise ValueError(
@@ -129,9 +136,11 @@ class CatapultSGD(Optimizer):
                 log=log,
                 outputs=outputs,
                 grad_scaler=grad_scaler,
+                process_group=process_group,
             )
         else:
             given = {"criterion": criterion, "policy": policy, "every": every, "overhead": overhead, "log": log}
+            given |= {"process_group": process_group}
             given |= {"outputs": outputs, "grad_scaler": grad_scaler, "engine": None if engine == "auto" else engine}
             for name, value in given.items():
                 if value is not None:
@@ -165,6 +174,7 @@ class CatapultSGD(Optimizer):
         log: str | os.PathLike[str] | None = None,
         outputs: Callable[[Any], Any] | None = None,
         grad_scaler: LossScaler | None = None,
+        process_group: Any = None,
     ) -> None:
         """(Re)connect to model and criterion: after a deep copy or unpickling, which keep the state but no hooks."""
         if policy is not None and not isinstance(policy, CatapultPolicy):
@@ -185,6 +195,7 @@ class CatapultSGD(Optimizer):
             settings=settings,
             grad_scaler=grad_scaler,
             copies=2,  # warm start and snapshot
+            process_group=process_group,
         )
         self.detach()
         self._session, self._machine, self._written = session, Catapulter(policy), None
@@ -297,8 +308,8 @@ class CatapultSGD(Optimizer):
         if self._session is None:
             self._refuse_unattached()
             self._update(None)
-        elif all(float(g["lr"]) == 0 for g in self.param_groups) and self._session.capture.problem():
-            self._prepare_state()  # torch.distributed.checkpoint initialises state by a step of rate 0
+        elif self._session.initialising():
+            self._prepare_state()
             self._update(0.0)
         else:
             decision = self._decide()
@@ -323,7 +334,7 @@ class CatapultSGD(Optimizer):
         decision = machine.update(step=session.step, loss=seen.loss, eta_crit=eta_crit, smoothing=seen.smoothing)
         if seen.vector is not None:
             for p, v in zip(session.params, seen.vector, strict=True):
-                self.state[p][_VECTOR].copy_(v)
+                local(self.state[p][_VECTOR]).copy_(v)
         if decision.take_snapshot:
             for p in session.params:
                 self.state[p][_SNAPSHOT].copy_(p)
@@ -344,7 +355,10 @@ class CatapultSGD(Optimizer):
         if not self._session.capture.armed:
             return None
         kept = [self.state.get(p, {}).get(_VECTOR) for p in self._session.params]
-        return [torch.zeros_like(p) if v is None else v for p, v in zip(self._session.params, kept, strict=True)]
+        return [
+            torch.zeros_like(local(p)) if v is None else local(v)
+            for p, v in zip(self._session.params, kept, strict=True)
+        ]
 
     def _update(self, rate: float | None, brake: bool = False) -> None:
         """torch's own SGD update at lr * rate (None: at lr), from rest with brake."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.func import functional_call
 
+from .distributed import local, reshard
 from .trees import map_tensors, tensors_in
 
 # Ids of the modules of every measurement under way: one a thread that trains.
@@ -130,7 +131,8 @@ def record_forward(
     devices = {p.device for p in params if p.device.type not in ("cpu", "meta")}
     places: list[str | None] = [None, *map(str, devices)]
     kinds = {p.device.type for p in params}
-    weights: list[Tensor] = list(model.parameters())
+    # Under fully_shard the model holds gathered copies now, the optimizer (params) what is stepped.
+    weights = list({id(p): p for p in [*params, *model.parameters()]}.values())
     return ForwardCall(
         args=args,
         kwargs=kwargs,
@@ -182,15 +184,19 @@ def precise(tensor: Tensor) -> Tensor:
 def preserved(model: nn.Module, criterion: nn.Module | None, params: Sequence[Tensor]) -> Iterator[None]:
     """Restore weights, buffers, random state and train/eval flags at the end, whatever happens inside.
 
-    Weights and buffers are restored by pointer: their own storage is never written. Inside, gradients are enabled,
+    Weights and buffers are restored by pointer: their own storage is never written, but for the parts of sharded
+    parameters, which are copied back. Inside, gradients are enabled,
     autocast is off, and half-precision weights and buffers stand in float32.
     """
     ids = frozenset(map(id, model.modules()))
+    reshard(model)
     modules = [*model.modules(), *(criterion.modules() if criterion is not None else ())]
     modes = [m.training for m in modules]
     buffers = buffers_of(modules)
     weights = {id(p): p for p in [*params, *(p for m in modules for p in m.parameters(recurse=False))]}.values()
-    saved = [(t, t.data) for t in [*weights, *(b for _, _, b in buffers)]]
+    whole = [w for w in weights if local(w) is w]
+    saved = [(t, t.data) for t in [*whole, *(b for _, _, b in buffers)]]
+    parts = [(local(p), local(p).clone()) for p in params if local(p) is not p]
     devices = {p.device for p in params if p.device.type not in ("cpu", "meta")}
     kinds = {p.device.type for p in params} - {"meta"}
     with ExitStack() as stack:
@@ -204,13 +210,16 @@ def preserved(model: nn.Module, criterion: nn.Module | None, params: Sequence[Te
         try:
             for _, _, buffer in buffers:
                 buffer.data = precise(buffer.data.clone())
-            for weight in weights:
+            for weight in whole:
                 weight.data = precise(weight.data)
             yield
         finally:
             _measured.remove(ids)
             for tensor, data in saved:
                 tensor.data = data
+            for part, kept in parts:
+                part.data.copy_(kept)
+            reshard(model)
             for module, name, buffer in buffers:
                 if getattr(module, name) is not buffer:
                     setattr(module, name, buffer)

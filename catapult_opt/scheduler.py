@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from .bases import check_supported, next_update
 from .curvature.vectors import Vector
+from .distributed import local
 from .monitor import Beside, Session, plain_settings
 from .policy import Catapulter, CatapultPolicy, Decision
 from .scaling import LossScaler
@@ -36,7 +37,7 @@ class CatapultLR(Beside):
             None where the model returns the loss.
         policy: a `CatapultPolicy`; None for the default. Its `vectors` is left aside: all parameters of a group move at
             one rate, which for SGD on networks with biases makes `CatapultSGD` the better choice.
-        every, overhead, engine, log, outputs, grad_scaler: see `CatapultSGD`.
+        every, overhead, engine, log, outputs, grad_scaler, process_group: see `CatapultSGD`.
 
     Raises:
         TypeError: an optimizer whose critical rate is not known, or an argument of the wrong type.
@@ -68,6 +69,7 @@ class CatapultLR(Beside):
         log: str | os.PathLike[str] | None = None,
         outputs: Callable[[Any], Any] | None = None,
         grad_scaler: LossScaler | None = None,
+        process_group: Any = None,
     ) -> None:
         check_supported(optimizer)
         _check_unfused(optimizer)
@@ -92,6 +94,7 @@ class CatapultLR(Beside):
             settings=settings,
             grad_scaler=grad_scaler,
             copies=2,
+            process_group=process_group,
         )
         self._optimizer, self._machine = optimizer, Catapulter(policy)
         self._vector: Vector | None = None
@@ -116,13 +119,17 @@ class CatapultLR(Beside):
         self._session.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run goes on from, beside the optimizer's own state dict: numbers, strings and tensors."""
+        """What a run goes on from, beside the optimizer's own state dict: numbers, strings and tensors.
+
+        The tensors are sharded as the parameters are, and there from the start: torch.distributed.checkpoint loads into
+        them.
+        """
         self._session.catch_up()
         return {
             "session": self._session.state_dict(),
             "machine": self._machine.state_dict(),
-            "vector": _copy(self._vector),
-            "snapshot": _copy(self._snapshot),
+            "vector": self._sharded_vector(),
+            "snapshot": _copy(self._snapshot or self._session.params),
             "buffers": {name: b.clone() for name, b in self._buffers.items()},
         }
 
@@ -141,8 +148,17 @@ class CatapultLR(Beside):
                 )
         self._session.load_state_dict(state_dict["session"])
         self._machine.load_state_dict(state_dict["machine"])
-        self._vector, self._snapshot = _copy(state_dict["vector"]), _copy(state_dict["snapshot"])
+        vector = _copy(state_dict["vector"])
+        self._vector = None if vector is None else [local(x) for x in vector]
+        self._snapshot = _copy(state_dict["snapshot"])
         self._buffers = {name: b.clone() for name, b in state_dict["buffers"].items()}
+
+    def _sharded_vector(self) -> Vector:
+        """The warm start as parameters are, sharded with them; zeros before there is one."""
+        whole = [torch.zeros_like(p, requires_grad=False) for p in self._session.params]
+        for x, part in zip(whole, self._vector or [], strict=self._vector is not None):
+            local(x).copy_(part)
+        return whole
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -153,8 +169,8 @@ class CatapultLR(Beside):
     @torch.no_grad()
     def _observe(self, optimizer: Optimizer) -> None:
         session, machine = self._session, self._machine
-        if session.saw_nothing() and all(float(g["lr"]) == 0 for g in optimizer.param_groups):
-            return  # the call of an initialiser of states
+        if session.initialising():
+            return
         _complete_groups(optimizer)  # some may be new, or loaded from a checkpoint without a controller
         update = next_update(optimizer, scale=session.capture.armed)
         seen = session.observe(self._vector, update, need_loss=machine.phase != "settle")

@@ -71,6 +71,41 @@ def test_first_rate_of_adam_is_kappa_times_its_own_critical_rate() -> None:
     assert optimizer.param_groups[0]["lr"] == 1e-3
 
 
+class WithLoss(nn.Module):
+    """Returns its loss. Two inputs are tiny, so that their weights have tiny gradients and Adam gives them long steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 1)
+        self.register_buffer("sizes", torch.tensor([1.0, 1.0, 1e-5, 1e-6]))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (self.last(torch.tanh(self.first(x * self.sizes))) - y).square().mean()
+
+
+def test_adam_on_a_model_that_returns_its_loss() -> None:
+    """Central differences under a preconditioner that differs by millions, against the explicit Hessian in float64."""
+    model = WithLoss()
+    x, y = torch.randn(10, 4), torch.randn(10, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-10)
+    controller = CatapultLR(optimizer, model=model, criterion=None)
+    model(x, y).backward()
+    exact = copy.deepcopy(model).double()
+    names, shapes = zip(*[(n, p.shape) for n, p in exact.named_parameters()], strict=True)
+
+    def loss(flat: Tensor) -> Tensor:
+        parts = flat.split([s.numel() for s in shapes])
+        given = {n: part.view(s) for n, part, s in zip(names, parts, shapes, strict=True)}
+        return torch.func.functional_call(exact, given, (x.double(), y.double()))
+
+    hessian = torch.autograd.functional.hessian(loss, weights(exact))
+    roots = (torch.cat([p.grad.flatten() for p in model.parameters()]).double().abs() + 1e-10).rsqrt()
+    expected = float(torch.linalg.eigvalsh(roots[:, None] * hessian * roots)[-1])
+    optimizer.step()
+    assert controller.last.lambda_max == pytest.approx(expected, rel=0.02)
+
+
 @pytest.mark.parametrize(
     "kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad]
 )

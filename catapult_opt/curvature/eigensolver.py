@@ -12,7 +12,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from .vectors import Vector, add_, combine, dot, norm, scaled
+from .vectors import Total, Vector, add_, combine, dot, norm, scaled
 
 Matrix = npt.NDArray[np.float64]
 
@@ -46,6 +46,7 @@ def top_eigenvalue(
     tol: float = 0.02,
     max_matvecs: int = 5,
     semidefinite: bool = True,
+    total: Total | None = None,
 ) -> EigenEstimate:
     """Estimate the largest (algebraic) eigenvalue of a symmetric operator.
 
@@ -62,6 +63,7 @@ def top_eigenvalue(
             the residual is below 5 tol. Below 1e-3 the growth has to stay small twice in a row.
         max_matvecs: cap on the number of products, >= 1.
         semidefinite: False for an operator with negative eigenvalues (a full Hessian).
+        total: where each process holds a part of every vector, the sum of inner products over the processes.
 
     Raises:
         FloatingPointError: a product was not finite.
@@ -73,8 +75,8 @@ def top_eigenvalue(
         >>> round(e.value, 4)
         4.0
     """
-    krylov = _Krylov()
-    vector = scaled(start, 1.0 / _positive(float(norm(start))))
+    krylov = _Krylov(total)
+    vector = scaled(start, 1.0 / _positive(float(norm(start, total))))
     previous, calm, done = 0.0, 0, 0
     while True:
         krylov.append(vector, matvec(vector))
@@ -173,7 +175,8 @@ class _Krylov:
     this holds to rounding also where the products are only nearly symmetric.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, total: Total | None = None) -> None:
+        self._total = total
         self.basis: list[Vector] = []
         self.rest: Vector = []  # unit vector, what the last product adds to the basis; [] if nothing
         self.hessenberg: Matrix = np.zeros((1, 0))
@@ -195,7 +198,7 @@ class _Krylov:
     def append(self, vector: Vector, product: Vector) -> None:
         """A vector orthogonal to the basis, and its product."""
         self.basis.append(vector)
-        column, self.rest = _split(product, self.basis)
+        column, self.rest = _split(product, self.basis, self._total)
         if not np.isfinite(column).all():
             raise FloatingPointError("a curvature product was not finite")
         n = len(self.basis)
@@ -243,15 +246,16 @@ class _Krylov:
         return self.rest
 
 
-def _split(vector: Vector, basis: list[Vector]) -> tuple[Matrix, Vector]:
+def _split(vector: Vector, basis: list[Vector], total: Total | None) -> tuple[Matrix, Vector]:
     """Coefficients of a vector in the basis and along the unit vector that is left, and that one ([]: nothing left)."""
     overlaps = np.zeros(len(basis))
     left, rest = scaled(vector, 1.0), math.inf  # ours to change
     for _ in range(2):
-        parts = torch.stack([dot(v, left) for v in basis]).double().cpu().numpy()  # one transfer from the device
+        inner = torch.stack([dot(v, left) for v in basis])
+        parts = (inner if total is None else total(inner)).double().cpu().numpy()  # one transfer from the device
         add_(left, basis, [-float(part) for part in parts])
         overlaps += parts
-        rest = float(norm(left))
+        rest = float(norm(left, total))
         if rest > _CANCELLED * float(np.linalg.norm(overlaps)):
             break
     column = np.append(overlaps, rest)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..capture import LossCall, loss_of
+from ..distributed import ALONE, Group, local
 from ..replay import ForwardCall, precise, replay
 from ..trees import tensors_in
 from .output_hessian import OutputHessian
@@ -53,6 +54,7 @@ class _JacobianOperator:
         step: finite-difference step, calibrated in place.
         scale: relative rate of each parameter.
         engine: how J v is found, see `ENGINES`.
+        group: the processes that train together; products are those with the curvature of their common loss.
     """
 
     semidefinite = True
@@ -65,9 +67,10 @@ class _JacobianOperator:
         step: StepSize,
         scale: Scale = None,
         engine: str = "finite-difference",
+        group: Group = ALONE,
     ) -> None:
-        self._model, self._params, self._calls = model, list(params), calls
-        self._mover = _Mover(self._params, scale)
+        self._model, self._params, self._calls, self._group = model, list(params), calls, group
+        self._mover = _Mover(self._params, scale, group)
         self._linearize: Linearizer = ENGINES[engine](model, self._mover, calls, step)
 
 
@@ -86,7 +89,8 @@ class GGN(_JacobianOperator):
         """G v."""
         total = [torch.zeros_like(x) for x in v]
         for call, hessian, (outputs, tangents) in zip(self._calls, self.hessians, self._linearize(v), strict=True):
-            _accumulate(total, outputs, _through_loss(call, hessian, tangents), self._params)
+            _accumulate(total, outputs, _through_loss(call, hessian, tangents), self._params, self._group)
+        self._group.average_(total)
         return self._mover.scaled(total)
 
 
@@ -134,6 +138,8 @@ class FiniteDifference:
         self._bases = [[t for f in call.forwards for t in self._base(f)] for call in calls]
 
     def __call__(self, v: Vector) -> Linearized:
+        if not self._calls:  # a process without data
+            return
         eps, outputs = self._moved(v)
         for i, (call, bases) in enumerate(zip(self._calls, self._bases, strict=True)):
             if i > 0:
@@ -153,7 +159,7 @@ class FiniteDifference:
             eps = self._step.relative * self._mover.norm
             self._mover.move(v, eps)
             outputs = _outputs(self._model, self._calls[0])
-            moved = _relative_move([o.detach() for o in outputs], self._bases[0])
+            moved = self._mover.group.common(_relative_move([o.detach() for o in outputs], self._bases[0]))
             fits = target / 100 <= moved <= target * 3 or moved == 0 or not math.isfinite(moved)
             better = min(max(self._step.relative * target / (moved or 1.0), first / _STEP_RANGE), first * _STEP_RANGE)
             if fits or retries == 0 or better == self._step.relative:
@@ -239,14 +245,17 @@ class LossHessian:
         outputs: Any = None,
         scale: Scale = None,
         engine: str = "finite-difference",
+        group: Group = ALONE,
     ) -> None:
         self._model, self._params, self._calls, self._outputs = model, list(params), calls, outputs
-        self._engine = engine
-        self._mover = _Mover(self._params, scale)
+        self._engine, self._group = engine, group
+        self._mover = _Mover(self._params, scale, group)
 
     def matvec(self, v: Vector) -> Vector:
         """H v."""
-        return self._mover.scaled(self._exact(v) if self._engine == "double-backward" else self._difference(v))
+        product = self._exact(v) if self._engine == "double-backward" else self._difference(v)
+        self._group.average_(product)
+        return self._mover.scaled(product)
 
     def _exact(self, v: Vector) -> Vector:
         directions = self._mover.scaled(v)
@@ -268,7 +277,7 @@ class LossHessian:
         self._mover.move(v, eps)
         total = [torch.zeros_like(x) for x in v]
         for loss in self._losses():
-            _accumulate(total, [loss], [torch.ones_like(loss)], self._params)
+            _accumulate(total, [loss], [torch.ones_like(loss)], self._params, self._group)
         return total
 
     def _losses(self) -> Iterator[Tensor]:
@@ -279,22 +288,22 @@ class LossHessian:
 
 
 class _Mover:
-    """Puts the parameters at w + eps D^(1/2) v by pointer; w itself is never written."""
+    """Puts the parameters at w + eps D^(1/2) v."""
 
-    def __init__(self, params: Sequence[Tensor], scale: Scale) -> None:
-        self.params = list(params)
-        self._origin = [p.data for p in params]
+    def __init__(self, params: Sequence[Tensor], scale: Scale, group: Group = ALONE) -> None:
+        self.params, self.group = list(params), group
+        self._origin = group.weights(self.params)
         self._roots = None if scale is None else [s**0.5 for s in scale]
-        self.norm = float(norm(self._origin)) or 1.0
+        self.norm = float(norm(self._origin, group.total)) or 1.0
 
     def move(self, v: Vector, eps: float) -> None:
-        for p, w, x in zip(self.params, self._origin, self.scaled(v), strict=True):
-            p.data = torch.add(w, x, alpha=eps)
+        self.group.put(
+            self.params, [torch.add(w, x, alpha=eps) for w, x in zip(self._origin, self.scaled(v), strict=True)]
+        )
 
     def back(self) -> None:
         """To w itself."""
-        for p, w in zip(self.params, self._origin, strict=True):
-            p.data = w
+        self.group.put(self.params, self._origin)
 
     def scaled(self, v: Vector) -> Vector:
         if self._roots is None:
@@ -307,6 +316,8 @@ def reproduces(model: nn.Module, params: Sequence[Tensor], calls: Sequence[LossC
 
     Differences of outputs mean nothing where it does not (noise from a generator of its own). Only inside `preserved`.
     """
+    if not calls:
+        return True
     with torch.no_grad():
         runs = [[t.clone() for call in calls for t in _outputs(model, call)] for _ in range(2)]
     return _relative_move(runs[0], runs[1]) < _TARGET.get(params[0].dtype, _TARGET_DEFAULT) / 10
@@ -322,21 +333,25 @@ def other_masks(model: nn.Module, calls: Sequence[LossCall]) -> bool:
     return False
 
 
-def adjoint_error(model: nn.Module, params: Sequence[Tensor], call: LossCall, engine: str) -> float:
+def adjoint_error(
+    model: nn.Module, params: Sequence[Tensor], call: LossCall, engine: str, group: Group = ALONE
+) -> float:
     """|u.(J v) / (J^T u).v - 1| for a random u and v = J^T u: how far the engine's J v is from the backward pass.
 
-    Only inside `preserved`.
+    Of this process' own J, or, where weights are sharded, of all of them. Only inside `preserved`.
     """
+    mover = _Mover(params, None, group)
+    mover.back()
     outputs = _outputs(model, call)
     u = random_unit(outputs)
-    pulled = [torch.zeros_like(p) for p in params]
-    _accumulate(pulled, outputs, u, list(params))
-    length = float(norm(pulled))
+    pulled = [torch.zeros_like(local(p)) for p in params]
+    _accumulate(pulled, outputs, u, list(params), group)
+    length = float(norm(pulled, group.total))
     if length == 0:
         return 0.0
-    linearize = ENGINES[engine](model, _Mover(params, None), [call], StepSize())
+    linearize = ENGINES[engine](model, mover, [call], StepSize())
     for _, tangents in linearize(scaled(pulled, 1.0 / length)):
-        pushed = float(dot(u, tangents))
+        pushed = group.common(float(dot(u, tangents)))
     return abs(pushed / length - 1.0)
 
 
@@ -361,13 +376,17 @@ def _through_loss(call: LossCall, hessian: OutputHessian, tangents: list[Tensor]
 
 
 def _accumulate(
-    total: Vector, outputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], params: list[Tensor]
+    total: Vector,
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    params: list[Tensor],
+    group: Group = ALONE,
 ) -> None:
     """total += J^T s, without touching .grad."""
     pairs = [(o, s.to(o.dtype)) for o, s in zip(outputs, cotangents, strict=True) if s is not None and o.requires_grad]
     if not pairs:
         return
-    got = torch.autograd.grad([o for o, _ in pairs], params, [s for _, s in pairs], allow_unused=True)
+    got = group.gradients([o for o, _ in pairs], [s for _, s in pairs], params)
     for x, g in zip(total, got, strict=True):
         if g is not None:
             x.add_(g)

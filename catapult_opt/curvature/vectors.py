@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 Vector = list[Tensor]
+Total = Callable[[Tensor], Tensor]  # sums inner products over the processes, where each holds a part of the vectors
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -16,9 +17,10 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
 
-def norm(a: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm, a 0-d tensor."""
-    return torch.nn.utils.get_total_norm(list(a))
+def norm(a: Sequence[Tensor], total: Total | None = None) -> Tensor:
+    """Euclidean norm, a 0-d tensor; `total` sums squares over the processes where each holds a part."""
+    part = torch.nn.utils.get_total_norm(list(a))
+    return part if total is None else total(part**2).sqrt()
 
 
 def scaled(a: Sequence[Tensor], factor: float) -> Vector:
@@ -40,8 +42,8 @@ def combine(vectors: Sequence[Vector], coefficients: Sequence[float]) -> Vector:
     return total
 
 
-def random_unit(like: Sequence[Tensor], seed: int = 0) -> Vector:
+def random_unit(like: Sequence[Tensor], seed: int = 0, total: Total | None = None) -> Vector:
     """A unit vector of Gaussian direction from its own generator: the global random state is not touched."""
     generator = torch.Generator().manual_seed(seed)
     vector = [torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) for x in like]
-    return scaled(vector, 1.0 / float(norm(vector)))
+    return scaled(vector, 1.0 / float(norm(vector, total)))

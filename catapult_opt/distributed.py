@@ -1,0 +1,272 @@
+"""The processes that train together, and what a measurement exchanges among them.
+
+What data-parallel training descends is the mean over the ranks of each rank's own loss, whatever the sizes of their
+batches: that is how DistributedDataParallel and `fully_shard` combine gradients. Its curvature, and a product with it,
+is the mean of the ranks' own, so that a measurement on R ranks is that of one process on the whole batch. With unequal
+parts it is that of the mean of means, which such a training descends.
+
+`Alone` is one process, `Replicas` hold the same weights each (DistributedDataParallel), `Shards` a part of each weight
+(`fully_shard`, FSDP2). All that a measurement has to know of them is in their methods. Vectors are lists of plain
+tensors: under `Shards` those of the rank's own parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .curvature.vectors import Total, Vector
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rank's own part of a sharded tensor (a DTensor), sharing its memory; any other tensor as it is."""
+    if not hasattr(tensor, "to_local"):
+        return tensor
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()
+    return part
+
+
+class Alone:
+    """One process: its part is everything."""
+
+    size = 1
+    writes = True  # does this process write the log?
+    sharded = False
+
+    def mean(self, numbers: Tensor) -> Tensor:
+        """Mean over the ranks of a tensor that each has."""
+        return numbers
+
+    def highest(self, numbers: Sequence[float]) -> list[float]:
+        """The highest of each number over the ranks."""
+        return list(numbers)
+
+    def sum(self, number: float) -> float:
+        """Sum over the ranks."""
+        return number
+
+    def any(self, flag: bool) -> bool:
+        """Is it so on any rank?"""
+        return self.highest([float(flag)])[0] > 0
+
+    def common(self, number: float) -> float:
+        """Mean over the ranks where they run their forward passes in step (gathering weights), else this rank's own."""
+        return number
+
+    def average_(self, product: Vector) -> None:
+        """Replace a product with the ranks' own curvature by that with the curvature of the whole loss."""
+
+    @property
+    def total(self) -> Total | None:
+        """Sums inner products over the ranks, where each holds a part of every vector."""
+        return None
+
+    @property
+    def seed(self) -> int:
+        """For random vectors: equal where ranks hold the same part."""
+        return 0
+
+    def gradients(
+        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], params: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """J^T s for each parameter, leaving `.grad` as it is."""
+        return torch.autograd.grad(outputs, params, cotangents, allow_unused=True)
+
+    def weights(self, params: Sequence[Tensor]) -> Vector:
+        """What the parameters hold now, to be put back."""
+        return [p.data for p in params]
+
+    def put(self, params: Sequence[Tensor], weights: Vector) -> None:
+        """Let the parameters hold other weights, by pointer."""
+        for p, w in zip(params, weights, strict=True):
+            p.data = w
+
+
+class Replicas(Alone):
+    """Ranks that hold the same weights and average their gradients.
+
+    A product with the curvature costs one all-reduce of its own size, as a training step's gradients do.
+    """
+
+    def __init__(self, process_group: Any, device: torch.device) -> None:
+        self._group, self._device = process_group, device
+        self.size = dist.get_world_size(process_group)
+        self.writes = dist.get_rank(process_group) == 0
+
+    def mean(self, numbers: Tensor) -> Tensor:
+        return _reduced(numbers, [self._group]) / self.size
+
+    def highest(self, numbers: Sequence[float]) -> list[float]:
+        found = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        return [float(x) for x in _reduced(found, [self._group], dist.ReduceOp.MAX).tolist()]
+
+    def sum(self, number: float) -> float:
+        return float(_reduced(torch.tensor(number, dtype=torch.float64, device=self._device), [self._group]))
+
+    def average_(self, product: Vector) -> None:
+        kinds = {(x.dtype, x.device) for x in product}
+        for members in ([x for x in product if (x.dtype, x.device) == kind] for kind in sorted(kinds, key=str)):
+            flat = torch.cat([x.reshape(-1) for x in members])
+            dist.all_reduce(flat, group=self._group)
+            parts = torch.split(flat.div_(self.size), [x.numel() for x in members])
+            for x, part in zip(members, parts, strict=True):
+                x.copy_(part.view_as(x))
+
+
+class Shards(Alone):
+    """Ranks that hold a part of each weight, of a model under `fully_shard`.
+
+    Its own hooks gather the weights in a forward pass and average and scatter the gradients in a backward pass, so a
+    product costs what a training step's passes do, and three all-reduces of a few numbers for its inner products.
+    Sharded weights cannot be swapped by pointer: they are copied, overwritten and copied back.
+    """
+
+    sharded = True
+
+    def __init__(self, model: nn.Module, params: Sequence[Any]) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        if not self._modules:
+            raise ValueError(
+                "model has sharded parameters (DTensor) but no module under fully_shard, the one supported"
+            )
+        mesh = params[0].device_mesh if hasattr(params[0], "device_mesh") else None
+        kinds = [tuple(p.is_shard() for p in t.placements) if hasattr(t, "placements") else None for t in params]
+        if mesh is None or any(
+            kind is None or kind != kinds[0] or t.device_mesh != mesh for kind, t in zip(kinds, params, strict=True)
+        ):
+            raise ValueError(
+                "params: all must be sharded by fully_shard over the same mesh, call it on the whole model"
+            )
+        self._model, self._device = model, local(params[0]).device
+        self._all = mesh.get_all_groups()
+        self._sharding = [group for group, shards in zip(self._all, kinds[0] or (), strict=True) if shards]
+        self.size = mesh.size()
+        self.writes = all(dist.get_rank(group) == 0 for group in self._all)
+        self._weights: list[Tensor] = []
+
+    def mean(self, numbers: Tensor) -> Tensor:
+        return _reduced(numbers, self._all) / self.size
+
+    def sum(self, number: float) -> float:
+        return float(_reduced(torch.tensor(number, dtype=torch.float64, device=self._device), self._all))
+
+    def common(self, number: float) -> float:
+        return self.sum(number) / self.size
+
+    def highest(self, numbers: Sequence[float]) -> list[float]:
+        found = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        return [float(x) for x in _reduced(found, self._all, dist.ReduceOp.MAX).tolist()]
+
+    @property
+    def total(self) -> Total | None:
+        return lambda inner: _reduced(inner, self._sharding)
+
+    @property
+    def seed(self) -> int:
+        seed = 0
+        for group in self._sharding:
+            seed = seed * dist.get_world_size(group) + dist.get_rank(group)
+        return seed
+
+    def gradients(
+        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], params: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        kept = [w.grad for w in self._weights]
+        try:
+            for w in self._weights:
+                w.grad = None
+            torch.autograd.backward(outputs, cotangents)
+            return [None if p.grad is None else local(p.grad) for p in params]
+        finally:
+            for w, grad in zip(self._weights, kept, strict=True):
+                w.grad = grad
+
+    def weights(self, params: Sequence[Tensor]) -> Vector:
+        return [local(p).clone() for p in params]
+
+    def put(self, params: Sequence[Tensor], weights: Vector) -> None:
+        for p, w in zip(params, weights, strict=True):
+            local(p).data.copy_(w)  # as .data: no new version
+        reshard(self._model)
+        self._weights = [w for w in self._model.parameters() if w.requires_grad]
+
+
+Group = Alone
+ALONE = Alone()
+
+
+def group_of(model: nn.Module, params: Sequence[Tensor], process_group: Any = None) -> Group:
+    """Who trains together: by the model (DistributedDataParallel, fully_shard), or the process group given.
+
+    Raises:
+        ValueError: several processes of which it is not known whether they train together; a wrapper not supported.
+    """
+    if not _running():
+        if process_group is not None:
+            raise ValueError(f"process_group={process_group!r} needs torch.distributed: call init_process_group first")
+        return ALONE
+    trained = [p for p in params if p.requires_grad]
+    _refuse_wrappers(model)
+    if any(hasattr(p, "to_local") for p in trained):
+        if process_group is not None:
+            raise ValueError("process_group: leave it out where the model is under fully_shard, which has its own")
+        return Shards(model, trained)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        process_group = process_group or model.process_group
+    elif process_group is None and dist.get_world_size() > 1:
+        raise ValueError(
+            f"process_group: {dist.get_world_size()} processes run, and the model says nothing of them: pass the "
+            "DistributedDataParallel module as model=, or process_group=torch.distributed.group.WORLD if something "
+            "else averages their gradients, or a group of one each (torch.distributed.new_subgroups(1)) if nothing does"
+        )
+    alone = process_group is None or dist.get_world_size(process_group) == 1
+    return ALONE if alone else Replicas(process_group, trained[0].device)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, which runs without its collectives; any other as it is."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the gathered weights of modules under fully_shard: the next forward pass gathers what stands there then."""
+    if not _running():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _running() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise ValueError(
+                "model is wrapped in FullyShardedDataParallel, whose weights cannot be told apart: use fully_shard"
+            )
+        if isinstance(module, nn.parallel.DistributedDataParallel) and module is not model:
+            raise ValueError(
+                "model contains a DistributedDataParallel: pass that one as model=; with torch.compile, compile the "
+                "module inside it, DistributedDataParallel(torch.compile(module))"
+            )
+
+
+def _reduced(numbers: Tensor, groups: Sequence[Any], op: Any = None) -> Tensor:
+    found = numbers.clone()
+    for group in groups:
+        dist.all_reduce(found, dist.ReduceOp.SUM if op is None else op, group=group)
+    return found

@@ -1,0 +1,133 @@
+"""Promise: a checkpoint that torch.distributed.checkpoint wrote on two ranks goes on on one, two or four.
+
+Oracle: the run on two ranks itself, which goes on after saving. One spawn of two processes saves all of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from ranks import ONE_RATE, batch, network, run
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from catapult_opt import CatapultLR, CatapultSGD
+
+BEFORE, AFTER = 4, 3
+KINDS = ("ddp", "fsdp", "CatapultLR under fsdp")
+pytestmark = pytest.mark.filterwarnings("ignore:.*(assume|Falling back|deprecated|torch.distributed is)")
+
+
+class Run:
+    """A training whose parts of the whole batch are those of `ranks` processes."""
+
+    def __init__(self, kind: str, rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks
+        self.model: nn.Module = network()
+        if ranks > 1 and kind == "ddp":
+            self.model = DistributedDataParallel(self.model)
+        elif ranks > 1:
+            self.model = fully_shard(self.model)
+        self.criterion = nn.MSELoss()
+        connection: dict[str, Any] = {"model": self.model, "criterion": self.criterion, "every": 1}
+        connection["engine"] = "finite-difference"
+        self.controller: CatapultLR | None = None
+        if kind.startswith("CatapultLR"):
+            self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=0.001)
+            self.controller = CatapultLR(self.optimizer, **connection)
+        else:
+            self.optimizer = CatapultSGD(self.model.parameters(), momentum=0.9, policy=ONE_RATE, **connection)
+
+    def train(self, steps: range) -> list[tuple[float, float]]:
+        seen = []
+        for step in steps:
+            x, y = batch(step)
+            self.optimizer.zero_grad()
+            self.criterion(self.model(x[self.rank :: self.ranks]), y[self.rank :: self.ranks]).backward()
+            self.optimizer.step()
+            watch = self.controller or self.optimizer
+            seen.append((watch.last.eta_crit, self.optimizer.param_groups[0]["effective_lr"]))
+        return seen
+
+    def state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        controller = {} if self.controller is None else {"controller": self.controller.state_dict()}
+        return {"model": model, "optimizer": optimizer, **controller}
+
+    def load(self, path: Path) -> None:
+        state = self.state()
+        dcp.load(state, checkpoint_id=path)
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        if self.controller is not None:
+            self.controller.load_state_dict(state["controller"])
+
+    def vectors(self) -> list[Tensor]:
+        if self.controller is not None:
+            kept = self.controller.state_dict()["vector"]
+        else:
+            kept = [self.optimizer.state[p]["catapult_vector"] for p in self.model.parameters()]
+        return [v.full_tensor() if isinstance(v, DTensor) else v.clone() for v in kept]
+
+
+def save(rank: int, folder: str) -> dict[str, Any]:
+    found = {}
+    for kind in KINDS:
+        ours = Run(kind, rank, 2)
+        ours.train(range(BEFORE))
+        dcp.save(ours.state(), checkpoint_id=Path(folder) / kind)
+        vectors = ours.vectors()
+        found[kind] = {"vectors": vectors, "after": ours.train(range(BEFORE, BEFORE + AFTER))}
+        again = Run(kind, rank, 2)
+        again.load(Path(folder) / kind)
+        found[kind]["again"] = again.train(range(BEFORE, BEFORE + AFTER))
+    return found
+
+
+def resume(rank: int, folder: str, ranks: int) -> dict[str, Any]:
+    found = {}
+    for kind in KINDS:
+        ours = Run(kind, rank, ranks)
+        ours.load(Path(folder) / kind)
+        found[kind] = {"vectors": ours.vectors(), "after": ours.train(range(BEFORE, BEFORE + AFTER))}
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path) -> list[dict[str, Any]]:
+    return run(save, 2, str(folder))
+
+
+def check(found: dict[str, Any], saved: dict[str, Any]) -> None:
+    for kind in KINDS:
+        for v, kept in zip(found[kind]["vectors"], saved[kind]["vectors"], strict=True):
+            assert bool(kept.any()) and torch.equal(v, kept)
+        for pair, expected in zip(found[kind]["after"], saved[kind]["after"], strict=True):
+            assert pair == pytest.approx(expected, rel=1e-4), kind
+
+
+def test_saved_on_two_goes_on_on_two_to_the_bit(saved: list[dict[str, Any]]) -> None:
+    for ours in saved:
+        for kind in KINDS:
+            assert ours[kind]["again"] == ours[kind]["after"]
+
+
+def test_saved_on_two_goes_on_on_one(saved: list[dict[str, Any]], folder: Path) -> None:
+    check(resume(0, str(folder), 1), saved[0])
+
+
+@pytest.mark.slow
+def test_saved_on_two_goes_on_on_four(saved: list[dict[str, Any]], folder: Path) -> None:
+    for found in run(resume, 4, str(folder), 4):
+        check(found, saved[0])
