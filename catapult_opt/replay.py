@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -62,7 +63,7 @@ class ForwardCall:
     modes: list[bool]  # training flag of every submodule
     weights: list[Tensor]  # all the model's, also those that another optimizer trains
     versions: list[int]  # of the weights and the tensor arguments: were they changed since?
-    autocast: bool
+    autocast: bool  # under it, or perhaps: where something wraps the model's forward
     compiled: bool = False  # the loop called torch.compile's version of a model given uncompiled
     random: bool = False  # it drew random numbers
     outputs: list[Tensor] = field(default_factory=list)  # those that need gradients, as the loop got them
@@ -140,7 +141,7 @@ def record_forward(
         modes=[m.training for m in model.modules()],
         weights=weights,
         versions=[t._version for t in [*weights, *tensors_in((args, kwargs))]],
-        autocast=any(torch.is_autocast_enabled(kind) for kind in kinds if kind != "meta"),
+        autocast=_wrapped(model) or any(torch.is_autocast_enabled(kind) for kind in kinds if kind != "meta"),
         compiled=compiled,
         buffers=[Buffer(m, name, b, b._version, b.detach().clone()) for m, name, b in buffers_of(model.modules())],
     )
@@ -180,6 +181,17 @@ def precise(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
 
 
+def _wrapped(model: nn.Module) -> bool:
+    """Was its forward replaced from outside, as Accelerate does to put autocast inside?"""
+    return "forward" in vars(model)
+
+
+def _without_autocast(kinds: Iterable[str], module: nn.Module, args: Any) -> None:
+    """Until the autocast that is on now ends."""
+    for kind in kinds:
+        torch.set_autocast_enabled(kind, False)
+
+
 @contextmanager
 def preserved(model: nn.Module, criterion: nn.Module | None, params: Sequence[Tensor]) -> Iterator[None]:
     """Restore weights, buffers, random state and train/eval flags at the end, whatever happens inside.
@@ -205,6 +217,9 @@ def preserved(model: nn.Module, criterion: nn.Module | None, params: Sequence[Te
             stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+        if _wrapped(model):
+            for module in (m for m in model.modules() if m is not model):
+                stack.enter_context(module.register_forward_pre_hook(functools.partial(_without_autocast, kinds)))
         stack.enter_context(torch.enable_grad())
         _measured.append(ids)
         try:
