@@ -268,8 +268,8 @@ class LossHessian:
         return total
 
     def _difference(self, v: Vector) -> Vector:
-        """(grad L(w + eps v) - grad L(w - eps v)) / (2 eps)."""
-        eps = self._mover.norm * (1e-6 if v[0].dtype == torch.float64 else 1e-4)
+        """(grad L(w + eps v) - grad L(w - eps v)) / (2 eps), at a distance of w that its own length sets."""
+        eps = self._mover.norm / self._mover.length(v) * (1e-6 if v[0].dtype == torch.float64 else 1e-4)
         plus, minus = self._gradient(v, eps), self._gradient(v, -eps)
         return [(a - b) / (2 * eps) for a, b in zip(plus, minus, strict=True)]
 
@@ -304,6 +304,10 @@ class _Mover:
     def back(self) -> None:
         """To w itself."""
         self.group.put(self.params, self._origin)
+
+    def length(self, v: Vector) -> float:
+        """|D^(1/2) v| of a unit vector: under a preconditioner it may be ten thousand."""
+        return 1.0 if self._roots is None else float(norm(self.scaled(v), self.group.total)) or 1.0
 
     def scaled(self, v: Vector) -> Vector:
         if self._roots is None:
