@@ -72,13 +72,13 @@ def test_first_rate_of_adam_is_kappa_times_its_own_critical_rate() -> None:
 
 
 class WithLoss(nn.Module):
-    """Returns its loss. Two inputs are tiny, so that their weights have tiny gradients and Adam gives them long steps."""
+    """Returns its loss. Tiny inputs give their weights tiny gradients, and Adam takes long steps along those."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 1)
-        self.register_buffer("sizes", torch.tensor([1.0, 1.0, 1e-5, 1e-6]))
+        self.register_buffer("sizes", torch.tensor([1.0, 1.0, 1e-7, 1e-9]))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return (self.last(torch.tanh(self.first(x * self.sizes))) - y).square().mean()
@@ -103,7 +103,7 @@ def test_adam_on_a_model_that_returns_its_loss() -> None:
     roots = (torch.cat([p.grad.flatten() for p in model.parameters()]).double().abs() + 1e-10).rsqrt()
     expected = float(torch.linalg.eigvalsh(roots[:, None] * hessian * roots)[-1])
     optimizer.step()
-    assert controller.last.lambda_max == pytest.approx(expected, rel=0.02)
+    assert controller.last.lambda_max == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize(

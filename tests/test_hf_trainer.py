@@ -5,14 +5,18 @@ A tiny GPT-2 with random weights, which returns its own loss (criterion=None): m
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from frameworks import FEATURES, Feature, Seen, assert_same, schedule_for
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 
 from catapult_opt import CatapultLR, CatapultSGD
@@ -163,6 +167,36 @@ def test_resume(tmp_path: Path) -> None:
     second.train(resume_from_checkpoint=True)
     assert before.seen.eta_crit + after.seen.eta_crit == whole.eta_crit
     assert all(torch.equal(p, q) for p, q in zip(second.model.parameters(), whole.weights, strict=True))
+
+
+def test_critical_rate_of_adamw_on_gpt2() -> None:
+    """Against Lanczos on the preconditioned Hessian by double backward, in float64."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    words = (torch.randint(64, (8, 1)) + torch.arange(16)) % 64
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    controller = CatapultLR(optimizer, model=model, criterion=None)
+    model(input_ids=words, labels=words).loss.backward()
+    exact = copy.deepcopy(model).double()
+    params = list(exact.parameters())
+    roots = torch.cat([p.grad.double().abs().add(1e-8).rsqrt().flatten() for p in model.parameters()])
+    with sdpa_kernel(SDPBackend.MATH):
+        slope = torch.autograd.grad(exact(input_ids=words, labels=words).loss, params, create_graph=True)
+
+        def product(v: np.ndarray) -> np.ndarray:
+            parts = (roots * torch.from_numpy(v).flatten()).split([p.numel() for p in params])
+            shaped = [part.view_as(p) for part, p in zip(parts, params, strict=True)]
+            got = torch.autograd.grad(slope, params, shaped, retain_graph=True)
+            return (roots * torch.cat([g.flatten() for g in got])).numpy()
+
+        operator = LinearOperator((len(roots),) * 2, matvec=product, dtype=np.float64)
+        expected = float(eigsh(operator, k=1, which="LA", tol=1e-3, return_eigenvectors=False)[0])
+    optimizer.step()
+    assert controller.last is not None
+    assert controller.last.lambda_max == pytest.approx(expected, rel=0.01)
 
 
 def test_catapult_lr_on_adamw(tmp_path: Path) -> None:

@@ -37,6 +37,9 @@ _STEP_RANGE = 100.0
 # Compiled code rounds differently (in bfloat16 by 1 %); another dropout mask moves the outputs by more.
 _OTHER_MASK = 0.03
 _STEP_RETRIES = 2
+# Central differences under a preconditioner: change of the gradient by a step, relative to its size; lowest, target and
+# highest, in single precision and in double.
+_CHANGE = ((1e-3, 1e-2, 5e-2), (1e-6, 1e-4, 1e-2))
 
 
 @dataclass
@@ -248,7 +251,7 @@ class LossHessian:
         group: Group = ALONE,
     ) -> None:
         self._model, self._params, self._calls, self._outputs = model, list(params), calls, outputs
-        self._engine, self._group = engine, group
+        self._engine, self._group, self._relative = engine, group, 0.0
         self._mover = _Mover(self._params, scale, group)
 
     def matvec(self, v: Vector) -> Vector:
@@ -268,10 +271,30 @@ class LossHessian:
         return total
 
     def _difference(self, v: Vector) -> Vector:
-        """(grad L(w + eps v) - grad L(w - eps v)) / (2 eps), at a distance of w that its own length sets."""
-        eps = self._mover.norm / self._mover.length(v) * (1e-6 if v[0].dtype == torch.float64 else 1e-4)
-        plus, minus = self._gradient(v, eps), self._gradient(v, -eps)
+        """(grad L(w + eps v) - grad L(w - eps v)) / (2 eps).
+
+        Under a preconditioner D^(1/2) v may be a million times longer than v, along directions that matter or not: the
+        step is then one that changes the gradient by about the target.
+        """
+        double = v[0].dtype == torch.float64
+        self._relative = self._relative or (1e-6 if double else 1e-4)
+        lowest, target, highest = _CHANGE[double]
+        for retries in range(_STEP_RETRIES, -1, -1):
+            eps = self._mover.norm * self._relative
+            plus, minus = self._gradient(v, eps), self._gradient(v, -eps)
+            if self._mover.uniform or retries == 0:
+                break
+            change = self._change(plus, minus)
+            if not change > 0 or lowest <= change <= highest:
+                break
+            self._relative *= target / change
         return [(a - b) / (2 * eps) for a, b in zip(plus, minus, strict=True)]
+
+    def _change(self, plus: Vector, minus: Vector) -> float:
+        """Of the gradient, relative to its size, as the preconditioned problem sees it."""
+        pairs = list(zip(plus, minus, strict=True))
+        moved = norm(self._mover.scaled([a - b for a, b in pairs]), self._group.total)
+        return 2 * float(moved) / (float(norm(self._mover.scaled([a + b for a, b in pairs]), self._group.total)) or 1.0)
 
     def _gradient(self, v: Vector, eps: float) -> Vector:
         self._mover.move(v, eps)
@@ -305,9 +328,10 @@ class _Mover:
         """To w itself."""
         self.group.put(self.params, self._origin)
 
-    def length(self, v: Vector) -> float:
-        """|D^(1/2) v| of a unit vector: under a preconditioner it may be ten thousand."""
-        return 1.0 if self._roots is None else float(norm(self.scaled(v), self.group.total)) or 1.0
+    @property
+    def uniform(self) -> bool:
+        """Is D one number per parameter, as group rates are?"""
+        return self._roots is None or not any(isinstance(root, Tensor) for root in self._roots)
 
     def scaled(self, v: Vector) -> Vector:
         if self._roots is None:
