@@ -26,11 +26,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,52 +56,46 @@ GROUPS = {
 }
 QUICK_TASK = dataclasses.replace(TASKS["rank2"], name="quick", width=16, train=40, d=5, steps=30, val=40, test=40)
 _RANK_TASKS = [task.name for task in DEFAULT if not task.classifies]
-Tick = Callable[[Run, Record], None]
+Map = Callable[[Callable[[Run], Record], Iterable[Run]], Iterator[Record]]
 
 
 def run_all(plan: Plan, results: Results, jobs: int, notes: Console) -> None:
-    """Run what is missing, task by task."""
+    """Run what is missing, task by task; every record is kept as soon as it is there."""
     columns = (
         TextColumn("{task.description:<15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(), TextColumn("{task.fields[state]}"),
     )  # fmt: skip
-    with Progress(*columns, console=notes) as progress:
+    with Progress(*columns, console=notes) as progress, workers(jobs) as each:
         for task in plan.tasks:
-            bar = progress.add_task(task.name, total=None, state="")
-
-            def tick(run: Run, record: Record, bar: Any = bar) -> None:
-                rate = "" if run.lr is None else f" at {run.lr:.3g}"
-                progress.update(bar, advance=1, state=f"{run.contender}{rate}, seed {run.seed}")
-
-            done = 0
+            bar, done = progress.add_task(task.name, total=None, state=""), 0
             while runs := plan.missing(task, results):
                 progress.update(bar, total=done + len(runs))
-                for _ in run_some(runs, plan.folder, results, jobs, tick):
+                for record in each(partial(train, folder=plan.folder), runs):
+                    results.add(record)
                     done += 1
+                    rate = "" if record["lr"] is None else f" at {record['lr']:.3g}"
+                    state = f"{record['contender']}{rate}, seed {record['seed']}"
+                    progress.update(bar, completed=done, state=state)
             progress.update(bar, total=max(1, done), completed=max(1, done), state="finished")
 
 
-def run_some(runs: list[Run], folder: Path | None, results: Results, jobs: int, tick: Tick) -> Iterator[Record]:
-    """Run these, and keep every record as soon as it is there."""
-    finished = map(partial(_finished, folder), runs) if jobs == 1 else _side_by_side(runs, folder, jobs)
-    for run, record in finished:
-        results.add(record)
-        tick(run, record)
-        yield record
-
-
-def _finished(folder: Path | None, run: Run) -> tuple[Run, Record]:
-    return run, train(run, folder)
-
-
-def _side_by_side(runs: list[Run], folder: Path | None, jobs: int) -> Iterator[tuple[Run, Record]]:
+@contextlib.contextmanager
+def workers(jobs: int) -> Iterator[Map]:
+    """`map` in so many processes, of one thread each; what is done first comes first."""
+    if jobs == 1:
+        yield map
+        return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: set[Future[tuple[Run, Record]]] = {pool.submit(_finished, folder, run) for run in runs}
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
+
+        def each(function: Callable[[Run], Record], runs: Iterable[Run]) -> Iterator[Record]:
+            for future in as_completed([pool.submit(function, run) for run in runs]):
                 yield future.result()
+
+        try:
+            yield each
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def chosen_tasks(names: list[str], large: bool) -> tuple[Task, ...]:

@@ -147,8 +147,9 @@ def _timed(ours: Outcome | None, sgd: Outcome | None) -> tuple[str, str]:
     factors = [ours.seconds[s] / sgd.seconds[s] for s in values]
     if not values:
         return "", ""
-    cell = f"{_number(statistics.median(values.values()))} {_mark(compare(values, sgd.best))}"
-    return cell, f"{statistics.median(factors):.1f}x"
+    middle = statistics.median(values.values())
+    shown = _number(middle) if math.isfinite(middle) else "none"
+    return f"{shown} {_mark(compare(values, sgd.best))}", f"{statistics.median(factors):.1f}x"
 
 
 def details(plan: Plan, task: Task, results: Results) -> Table:
