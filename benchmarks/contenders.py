@@ -23,17 +23,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-from catapult_opt import (
-    CatapultLR,
-    CatapultMonitor,
-    CatapultPolicy,
-    CatapultSGD,
-    bases,
-    measure,
-    monitor,
-    optimizer,
-    policy,
-)
+from catapult_opt import CatapultLR, CatapultMonitor, CatapultPolicy, CatapultSGD, policy
 
 BELOW = 0.95  # the cap of the control that may not go above the critical rate, in critical rates
 
@@ -294,9 +284,8 @@ def _random_spikes(setup: Setup) -> Driver:
 
 @functools.cache
 def _controller() -> dict[str, Any]:
-    """What decides in CatapultSGD: default settings and code. A run under others is not one of ours any more."""
-    code = [code_of(inspect.getsource(module)) for module in (policy, optimizer, monitor, measure, bases)]
-    digest = hashlib.sha256("".join(code).encode()).hexdigest()[:12]
+    """The default settings of CatapultSGD and the code that decides: a run under others is not one of ours any more."""
+    digest = hashlib.sha256(code_of(inspect.getsource(policy)).encode()).hexdigest()[:12]
     return {"policy": dataclasses.asdict(CatapultPolicy()), "code": digest}
 
 
