@@ -326,13 +326,27 @@ _TINY: dict[str, dict[str, Any]] = {
 }
 
 
-def _scales(problems: list[dict[str, Any]], **more: Any) -> dict[str, Setting]:
+# For what repeats the networks of Figure 4.7 in another setting.
+_SMALLER: dict[str, dict[str, Any]] = {
+    **_SMALL,
+    "fcn-2": {**_SMALL["fcn-2"], "n": 400},
+    "fcn-5": {"width": 512, "image_size": 8, "steps": 120},
+    "cnn-5": {"width": 48, "image_size": 8, "steps": 50},
+    "wrn-10": {"width": 1, "image_size": 8, "steps": 40},
+    "vit-4": {"width": 48, "image_size": 16, "steps": 40},
+}
+
+
+def _scales(
+    problems: list[dict[str, Any]], recorded: dict[str, dict[str, Any]] = _SMALL, seeds: int = 3, **more: Any
+) -> dict[str, Setting]:
+    """The three scales; ``seeds`` of the recorded one."""
     full: Setting = {"n": 128, "batch_size": 32, "seeds": 3, **more, "problems": problems}
 
     def changed(changes: dict[str, dict[str, Any]], **others: Any) -> Setting:
         return {**full, **others, "problems": [{**p, **changes[p["network"]]} for p in problems]}
 
-    return {"full": full, "recorded": changed(_SMALL), "quick": changed(_TINY, seeds=1, n=64)}
+    return {"full": full, "recorded": changed(recorded, seeds=seeds), "quick": changed(_TINY, seeds=1, n=64)}
 
 
 def _large_scales() -> dict[str, Setting]:
@@ -345,7 +359,7 @@ def _large_scales() -> dict[str, Setting]:
             _problem(label, "myrtle-5", "cifar10", 1.67, classes=list(range(10))),
         ]
     )
-    fewer = {"recorded": 500, "quick": 100}
+    fewer = {"recorded": 300, "quick": 100}
     for scale, n in fewer.items():
         problems = [p if p["label"] == label else {**p, "n": n, "steps": 40} for p in scales[scale]["problems"]]
         scales[scale] = {**scales[scale], "problems": problems}
@@ -455,7 +469,7 @@ ARTEFACTS = (
         source="Figure C.9",
         claim=_CATAPULTS,
         printed="",
-        scales=_scales([{**p, "parameterization": "torch"} for p in _DEEP]),
+        scales=_scales([{**p, "parameterization": "torch"} for p in _DEEP], _SMALLER, seeds=2),
         cases=cases,
         judge=_judge_catapults,
         **_TRACED,
@@ -466,7 +480,7 @@ ARTEFACTS = (
         source="Figure C.10",
         claim=_CATAPULTS,
         printed="",
-        scales=_scales([{**p, "dataset": "svhn", "classes": [0, 2]} for p in _DEEP]),
+        scales=_scales([{**p, "dataset": "svhn", "classes": [0, 2]} for p in _DEEP], _SMALLER, seeds=2),
         cases=cases,
         judge=_judge_catapults,
         **_TRACED,
@@ -504,7 +518,8 @@ ARTEFACTS = (
             [
                 _problem("rank-2", "fcn-2", "rank-2", 0.5, batch_size=5, n=2000),
                 _problem("rank-4", "fcn-4", "rank-4", 0.5, batch_size=5, n=2000),
-            ]
+            ],
+            _SMALLER,
         ),
         cases=cases,
         judge=_judge_catapults,
