@@ -64,8 +64,8 @@ class Artefact:
     shares: str = ""  # an artefact with the same scales and run: both keep their results in its folder
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z]+-[0-9a-z]+(\.[0-9]+)*", self.name):
-            raise ValueError(f"name must look like fig-2.2, table-4.2 or fig-c.10, got {self.name!r}")
+        if not re.fullmatch(r"[a-z]+-[0-9a-z]+(\.[0-9]+)*[a-z]?", self.name):
+            raise ValueError(f"name must look like fig-2.2, table-4.2, fig-c.10 or fig-4.8c, got {self.name!r}")
         if set(self.scales) != set(SCALES):
             raise ValueError(f"{self.name}: scales must be {', '.join(SCALES)}, got {', '.join(self.scales)}")
         for scale, setting in self.scales.items():

@@ -15,7 +15,8 @@ from catapult_opt import critical_lr
 from .. import tasks
 from ..networks import mlp
 from .artefact import Artefact, Case, Data, Record, Result, Setting, Verdict, mean_sd
-from .training import train_sgd
+from .real import image_network, real_task
+from .training import measure, train_sgd
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,8 +27,12 @@ __all__ = ["ARTEFACTS"]
 _TABLE = {2000: (0.74, 0.81), 50: (0.71, 0.84), 10: (0.59, 0.89), 5: (0.42, 0.95)}
 
 
-def _task(setting: Setting, name: str, seed: int) -> tuple[tasks.RegressionTask, nn.Module]:
-    """A rank task and its network: 2 layers for rank-2, 4 for the others (Appendix C.6, Figure 4.8)."""
+def _task(setting: Setting, name: str, seed: int, data: Data) -> tuple[tasks.RegressionTask, nn.Module]:
+    """A task and its network: 2 layers for rank-2, 4 for the others (Appendix C.6, Figure 4.8); images say which."""
+    if "image_size" in setting:
+        spec = {**setting, "n": setting["n_train"]}
+        task = real_task(name, spec, seed, data)
+        return task, image_network(task, spec, seed)
     k = int(name.removeprefix("rank-"))
     n, m = setting["n_train"], setting["n_eval"]
     task = tasks.rank(k, n, m, m, d=setting["d"], seed=seed)
@@ -55,10 +60,11 @@ def _cases(setting: Setting) -> list[Case]:
 
 def _run(setting: Setting, case: Case, data: Data) -> Result:
     setting = _of_task(setting, case["task"])
-    task, model = _task(setting, case["task"], case["seed"])
+    task, model = _task(setting, case["task"], case["seed"], data)
     eta = setting.get("lr")
     if eta is None:
-        eta_crit = critical_lr(model, nn.MSELoss(), task.train.inputs, task.train.targets).eta_crit
+        some = slice(setting.get("n_critical"))
+        eta_crit = critical_lr(model, nn.MSELoss(), task.train.inputs[some], task.train.targets[some]).eta_crit
         eta = eta_crit / setting["below_critical"]
     return train_sgd(
         model,
@@ -88,7 +94,8 @@ def _orders(records: list[Record], task: str, count: bool) -> tuple[bool, bool, 
 
     ``count``: and are there never fewer super-critical steps, and more at the smallest than at the largest?
     """
-    loss, features, share = (by_batch(records, task, key) for key in ("test_loss", "alignment", "super_critical_share"))
+    test = measure([record for record in records if record["case"]["task"] == task])
+    loss, features, share = (by_batch(records, task, key) for key in (test, "alignment", "super_critical_share"))
     ordered = all(
         rises([sign * float(np.mean(v)) for v in values.values()]) for sign, values in ((-1, loss), (1, features))
     )
@@ -99,9 +106,10 @@ def _orders(records: list[Record], task: str, count: bool) -> tuple[bool, bool, 
     ends = all(s < b for s, b in zip(loss[small], loss[large], strict=True)) and all(
         s > b for s, b in zip(features[small], features[large], strict=True)
     )
+    digits = 2 if test == "test_loss" else 3
     measured = "; ".join(
-        f"batch {size}: test loss {mean_sd(loss[size])}, alignment {mean_sd(features[size])}, "
-        f"super-critical {100 * float(np.mean(share[size])):.0f} %"
+        f"batch {size}: {test.replace('_', ' ')} {mean_sd(loss[size], digits)}, "
+        f"alignment {mean_sd(features[size])}, super-critical {100 * float(np.mean(share[size])):.0f} %"
         for size in loss
     )
     return ordered, ends, f"{task}: {measured}"
@@ -140,8 +148,11 @@ def _verdict(ordered: list[bool], ends: list[bool], measured: str) -> Verdict:
 def _draw(records: list[Record], figure: Figure) -> None:
     names = sorted({record["case"]["task"] for record in records})
     axes = figure.subplots(len(names), 3, squeeze=False)
-    panels = {"test_loss": "test loss", "alignment": "AGOP alignment", "super_critical_share": "super-critical steps"}
     for row, task in zip(axes, names, strict=True):
+        test = measure([record for record in records if record["case"]["task"] == task])
+        panels = {
+            test: test.replace("_", " "), "alignment": "AGOP alignment", "super_critical_share": "super-critical steps"
+        }  # fmt: skip
         for ax, (key, label) in zip(row, panels.items(), strict=True):
             values = by_batch(records, task, key)
             positions = range(len(values))
@@ -187,10 +198,36 @@ _RANK4_SCALES: dict[str, Setting] = {
     "recorded": {**_RANK4_FULL, **_DEEP, "seeds": 2},
     "quick": {**_RANK4_FULL, **_QUICK, "seeds": 1},
 }
+# Panels (c) and (d) of Figure 4.9, (b) and (c) of Figure C.21.
+_IMAGES: dict[str, Any] = {
+    **{key: _FULL[key] for key in ("batch_sizes", "below_critical", "max_steps", "evaluate_every", "measure_every")},
+    "n_eval": 5000, "n_critical": 5000, "reference_steps": 3000, "width": 256, "depth": 4, "seeds": 3,
+}  # fmt: skip
+_SVHN: dict[str, Any] = {
+    **_IMAGES, "tasks": ["svhn"], "n_train": 73_257, "image_size": 32, "network": "myrtle", "max_steps": 100_000,
+}  # fmt: skip
+_CELEBA: dict[str, Any] = {**_IMAGES, "tasks": ["celeba"], "n_train": 162_770, "image_size": 96, "max_steps": 100_000}
+_NOISY: dict[str, Any] = {**_IMAGES, "n_train": 2000, "label_noise": 0.1}
+_USPS: dict[str, Any] = {**_NOISY, "tasks": ["usps-2"], "image_size": 16}
+_FASHION: dict[str, Any] = {**_NOISY, "tasks": ["fashion-2"], "image_size": 28}
+
+
+def _image_scales(full: dict[str, Any], **recorded: Any) -> dict[str, Setting]:
+    small = {"batch_sizes": [5, 50, recorded["n_train"]], "evaluate_every": 50, "seeds": 2, **recorded}
+    tiny = {**small, "batch_sizes": [5, 60], "n_train": 60, "n_eval": 40, "width": 16, "max_steps": 40}
+    tiny |= {"evaluate_every": 20, "reference_steps": 10, "seeds": 1}
+    return {"full": full, "recorded": {**full, **small}, "quick": {**full, **tiny}}
+
+
 _CLAIM = (
     "With SGD at half the full batch's critical rate, a smaller batch goes above its own critical rate more often, "
     "and ends with a lower test loss and a better AGOP alignment."
 )
+
+_IMAGE_FIGURE: dict[str, Any] = {
+    "claim": _CLAIM.replace("test loss", "test error"), "printed": "", "cases": _cases, "run": _run,
+    "judge": _judge_figure, "draw": _draw,
+}  # fmt: skip
 
 ARTEFACTS = (
     Artefact(
@@ -204,6 +241,22 @@ ARTEFACTS = (
         run=_run,
         judge=_judge_figure,
         draw=_draw,
+    ),
+    Artefact(
+        name="fig-4.9c",
+        title="Batch size against test error, AGOP alignment and catapults, SVHN",
+        source="Figure 4.9 (c) and Appendix C.6",
+        scales=_image_scales(
+            _SVHN, n_train=500, n_eval=1000, image_size=8, width=32, reference_steps=300, max_steps=2000
+        ),
+        **_IMAGE_FIGURE,
+    ),
+    Artefact(
+        name="fig-4.9d",
+        title="Batch size against test error, AGOP alignment and catapults, CelebA",
+        source="Figure 4.9 (d) and Appendix C.6",
+        scales=_image_scales(_CELEBA, n_train=2000, n_eval=2000, image_size=32, reference_steps=600, max_steps=5000),
+        **_IMAGE_FIGURE,
     ),
     Artefact(
         name="table-4.1",
@@ -267,5 +320,19 @@ ARTEFACTS = (
         run=_run,
         judge=_judge_figure,
         draw=_draw,
+    ),
+    Artefact(
+        name="fig-c.21b",
+        title="Batch size against test error, AGOP alignment and catapults, USPS with 10 % label noise",
+        source="Figure C.21 (b) and Appendix C.6",
+        scales=_image_scales(_USPS, n_train=600, n_eval=400, reference_steps=200, max_steps=2000),
+        **_IMAGE_FIGURE,
+    ),
+    Artefact(
+        name="fig-c.21c",
+        title="Batch size against test error, AGOP alignment and catapults, Fashion-MNIST with 10 % label noise",
+        source="Figure C.21 (c) and Appendix C.6",
+        scales=_image_scales(_FASHION, n_train=600, n_eval=400, image_size=14, reference_steps=200, max_steps=2000),
+        **_IMAGE_FIGURE,
     ),
 )

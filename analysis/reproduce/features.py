@@ -18,9 +18,9 @@ from ..networks import ntk_mlp, scale_weights_
 from ..tasks import RegressionTask
 from .artefact import Artefact, Case, Data, Record, Result, Setting, Verdict, mean_sd
 from .catapults import graded
-from .real import real_task
+from .real import image_network, real_task
 from .tracing import episodes
-from .training import batches, train
+from .training import batches, measure, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,27 +30,18 @@ __all__ = ["ARTEFACTS"]
 _NEAR_ZERO = "near zero"
 
 
-def task_and_model(
-    setting: Setting, name: str, seed: int, data: Data | None = None
-) -> tuple[RegressionTask, nn.Module]:
-    """The task and its network: 2 layers for rank-2 and the full-rank task, 4 for the others."""
+def task_and_model(setting: Setting, name: str, seed: int, data: Data) -> tuple[RegressionTask, nn.Module]:
+    """The task and its network: 2 layers for rank-2 and the full-rank task, 4 for the others; images say which."""
     spec = setting["tasks"][name]
     if "image_size" in spec:
-        data = data or Data()
-        folder = None if data.folder is None else str(data.folder)
-        sizes = spec["n"], spec["n_eval"], spec["image_size"], spec["reference_steps"]
-        task = real_task(name, *sizes, seed, folder, data.download)
-        return task, _fcn(task.train.inputs.shape[1], spec, seed)
+        task = real_task(name, spec, seed, data)
+        return task, image_network(task, spec, seed)
     counts = {"n_train": spec["n"], "n_val": setting["n_eval"], "n_test": setting["n_eval"], "d": setting["d"]}
     task = (
         tasks.full_rank(**counts, seed=seed) if name == "full-rank" else tasks.rank(int(name[-1]), **counts, seed=seed)
     )
-    return task, _fcn(setting["d"], spec, seed)
-
-
-def _fcn(d: int, spec: Setting, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(10_000 + seed)  # not the task's seed
-    return ntk_mlp(d, spec["width"], spec["depth"], generator=generator)
+    return task, ntk_mlp(setting["d"], spec["width"], spec["depth"], generator=generator)
 
 
 def _pick(records: Sequence[Record], task: str) -> list[Record]:
@@ -101,9 +92,9 @@ def _judge_schedule(setting: Setting, records: list[Record]) -> Verdict:
     """By the test loss of regression and the test error of classification."""
     passed, failures, texts = [], [], []
     for task in _names(records):
-        measure = "test_error" if "test_error" in _pick(records, task)[0]["result"] else "test_loss"
-        label = measure.replace("_", " ")
-        loss, features, spikes = (_by(records, task, "increases", key) for key in (measure, "alignment", "catapults"))
+        test = measure(_pick(records, task))
+        label = test.replace("_", " ")
+        loss, features, spikes = (_by(records, task, "increases", key) for key in (test, "alignment", "catapults"))
         steps = [increases for increases in loss if increases != _NEAR_ZERO]
         # By the catapults that were counted: an increase of the rate need not make one.
         counts, losses, alignments = ([v for i in steps for v in by[i]] for by in (spikes, loss, features))
@@ -191,7 +182,9 @@ def _draw_schedule(records: list[Record], figure: Figure) -> None:
     names = _names(records)
     figure.set_size_inches(9, 3.2 * len(names))
     for row, task in zip(figure.subplots(len(names), 3, squeeze=False), names, strict=True):
-        for ax, (key, label) in zip(row, (("test_loss", "test loss"), ("alignment", "AGOP alignment")), strict=False):
+        test = measure(_pick(records, task))
+        panels = {test: test.replace("_", " "), "alignment": "AGOP alignment"}
+        for ax, (key, label) in zip(row, panels.items(), strict=False):
             found = _by(records, task, "increases", key)
             positions = range(len(found))
             spread = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in found.values()]
@@ -241,6 +234,17 @@ _REAL_TASKS: dict[str, dict[str, Any]] = {
         "steps": 200,
     },
 }  # fmt: skip
+# Panels (c) and (d) of Figures 4.8 and 4.11. The first rates are those of Table C.1.
+_SVHN: dict[str, Any] = {
+    "n": 1000, "n_eval": 5000, "image_size": 32, "reference_steps": 3000, "network": "cnn", "width": 256, "depth": 5,
+    "lr": 5.0, "rates": [30, 60, 90], "at": [10, 35, 50], "steps": 200, "increases": [0, 1, 2, 3],
+}  # fmt: skip
+_CELEBA: dict[str, Any] = {
+    **_SVHN, "image_size": 96, "network": "fcn", "depth": 4, "lr": 10.0, "rates": [40, 70, 100],
+}  # fmt: skip
+# SVHN: what the small file of its test part has of the two classes.
+_SVHN_RECORDED: dict[str, Any] = {"n": 300, "n_eval": 500, "image_size": 16, "reference_steps": 300, "width": 32}
+_CELEBA_RECORDED: dict[str, Any] = {"n_eval": 2000, "image_size": 32, "reference_steps": 600}
 _RANK4: dict[str, Any] = {
     "n": 1000, "width": 256, "depth": 4, "lr": 1.0, "rates": [15, 40, 60], "at": [50, 75, 110], "steps": 400,
     "increases": [0, 1, 2, 3],
@@ -249,6 +253,16 @@ _FULL_RANK: dict[str, Any] = {
     "n": 128, "width": 1024, "depth": 2, "lr": 6.0, "rates": [7, 12, 40, 80], "at": [30, 120, 180, 280], "steps": 400,
     "increases": [0, 1, 2, 3, 4],
 }  # fmt: skip
+
+
+def _image_scales(name: str, full: dict[str, Any], recorded: dict[str, Any], **changes: Any) -> dict[str, Setting]:
+    """Of one task of images; ``changes`` are for the recorded and the quick scale."""
+    tiny = {**recorded, "n": 60, "n_eval": 40, "width": 16, "reference_steps": 20}
+    return {
+        "full": {"evaluate_every": 5, "seeds": 3, "tasks": {name: full}},
+        "recorded": {"evaluate_every": 5, "seeds": 2, "tasks": {name: {**full, **recorded, **changes}}},
+        "quick": {"evaluate_every": 20, "seeds": 1, "tasks": {name: {**full, **tiny, **changes, "increases": [0, 3]}}},
+    }
 
 
 def _schedule_scales(chosen: dict[str, dict[str, Any]], fewer: dict[str, list[int]], seeds: int) -> dict[str, Setting]:
@@ -284,7 +298,10 @@ _LR = {
     "rank-2": {"SGD": 2.0, "GD": 2.0, "SGD+M": 2.0, "Adadelta": 2.0, "Adagrad": 0.1, "RMSprop": 1e-2, "Adam": 1e-2},
     "rank-3": {"SGD": 2.0, "GD": 2.0, "SGD+M": 2.0, "Adadelta": 2.0, "Adagrad": 1e-2, "RMSprop": 1e-2, "Adam": 1e-3},
     "rank-4": {"SGD": 1.0, "GD": 1.0, "SGD+M": 1.0, "Adadelta": 1.0, "Adagrad": 5e-3, "RMSprop": 1e-3, "Adam": 1e-3},
-}
+    "svhn-2": {"SGD": 5.0, "GD": 5.0, "SGD+M": 5.0, "Adadelta": 5.0, "Adagrad": 5e-3, "RMSprop": 1e-4, "Adam": 1e-3},
+    "celeba": {"SGD": 10.0, "GD": 10.0, "SGD+M": 10.0, "Adadelta": 10.0, "Adagrad": 5e-3, "RMSprop": 1e-3,
+               "Adam": 1e-3},
+}  # fmt: skip
 
 
 def _optimizer_cases(setting: Setting) -> list[Case]:
@@ -297,7 +314,7 @@ def _optimizer_cases(setting: Setting) -> list[Case]:
 
 
 def _run_optimizer(setting: Setting, case: Case, data: Data) -> Result:
-    task, model = task_and_model(setting, case["task"], case["seed"])
+    task, model = task_and_model(setting, case["task"], case["seed"], data)
     name = case["optimizer"]
     optimizer = _OPTIMIZERS[name](model.parameters(), lr=_LR[case["task"]][name])
     size = len(task.train) if name == "GD" else min(setting["batch_size"], len(task.train))
@@ -309,7 +326,8 @@ def _run_optimizer(setting: Setting, case: Case, data: Data) -> Result:
 def _judge_correlation(setting: Setting, records: list[Record]) -> Verdict:
     passed, failures, texts = [], [], []
     for task in _names(records):
-        loss, features = _by(records, task, "optimizer", "test_loss"), _by(records, task, "optimizer", "alignment")
+        test = measure(_pick(records, task))
+        loss, features = _by(records, task, "optimizer", test), _by(records, task, "optimizer", "alignment")
         finite = [name for name in loss if np.isfinite(loss[name]).all() and np.isfinite(features[name]).all()]
         a, b = ([float(np.mean(values[name])) for name in finite] for values in (features, loss))
         r = float(np.corrcoef(a, b)[0, 1]) if len(finite) > 2 else math.nan
@@ -318,9 +336,8 @@ def _judge_correlation(setting: Setting, records: list[Record]) -> Verdict:
         if not passed[-1]:
             failures.append(f"{task}: neither correlation is -0.9 or below.")
         texts.append(
-            f"{task}: correlation {r:.2f}, of ranks {rank:.2f} over {len(finite)} optimizers ("
-            + ", ".join(f"{name} {mean_sd(loss[name])}/{mean_sd(features[name])}" for name in loss)
-            + ")"
+            f"{task}: correlation with the {test.replace('_', ' ')} {r:.2f}, of ranks {rank:.2f} over {len(finite)} "
+            "optimizers (" + ", ".join(f"{name} {mean_sd(loss[name])}/{mean_sd(features[name])}" for name in loss) + ")"
         )
     return graded(passed, "; ".join(texts), failures)
 
@@ -340,10 +357,11 @@ def _judge_trains(setting: Setting, records: list[Record]) -> Verdict:
 def _draw_optimizers(records: list[Record], figure: Figure) -> None:
     names = _names(records)
     for ax, task in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        loss, features = _by(records, task, "optimizer", "test_loss"), _by(records, task, "optimizer", "alignment")
+        test = measure(_pick(records, task))
+        loss, features = _by(records, task, "optimizer", test), _by(records, task, "optimizer", "alignment")
         for name in loss:
             ax.plot(features[name], loss[name], "o", label=name)
-        ax.set(title=task, xlabel="AGOP alignment", ylabel="test loss")
+        ax.set(title=task, xlabel="AGOP alignment", ylabel=test.replace("_", " "))
         ax.legend(frameon=False, fontsize="small")
 
 
@@ -368,6 +386,21 @@ _OPTIMIZER_SCALES: dict[str, Setting] = {
 }  # fmt: skip
 
 
+def _image_optimizer_scales(name: str, full: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Setting]:
+    keys = ("n", "n_eval", "image_size", "reference_steps", "network", "width", "depth")
+    spec = {key: full[key] for key in keys}
+    small = {"steps": 300, "gd_steps": 150, "evaluate_every": 25, "seeds": 2}
+    tiny = {**recorded, "n": 60, "n_eval": 40, "width": 16, "reference_steps": 20}
+    return {
+        "full": {**_OPTIMIZER_FULL, "tasks": {name: spec}},
+        "recorded": {**_OPTIMIZER_FULL, **small, "tasks": {name: {**spec, **recorded}}},
+        "quick": {
+            **_OPTIMIZER_FULL, **small, "steps": 10, "gd_steps": 5, "evaluate_every": 5, "seeds": 1,
+            "tasks": {name: {**spec, **tiny}},
+        },
+    }  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------- small rates
 
 
@@ -382,7 +415,7 @@ def _rate_cases(setting: Setting) -> list[Case]:
 
 
 def _run_rate(setting: Setting, case: Case, data: Data) -> Result:
-    task, model = task_and_model(setting, case["task"], case["seed"])
+    task, model = task_and_model(setting, case["task"], case["seed"], data)
     eta_crit = critical_lr(model, nn.MSELoss(), task.train.inputs, task.train.targets).eta_crit
     optimizer = torch.optim.SGD(model.parameters(), lr=eta_crit / case["below_critical"])
     source = batches(len(task.train), case["batch_size"], torch.Generator().manual_seed(20_000 + case["seed"]))
@@ -402,7 +435,7 @@ def _slow_cases(setting: Setting) -> list[Case]:
 
 
 def _run_slow(setting: Setting, case: Case, data: Data) -> Result:
-    task, model = task_and_model(setting, case["task"], case["seed"])
+    task, model = task_and_model(setting, case["task"], case["seed"], data)
     optimizer = torch.optim.SGD(model.parameters(), lr=setting["lr"])
     source = batches(len(task.train), case["batch_size"], torch.Generator().manual_seed(20_000 + case["seed"]))
     evaluate_every = max(1, setting["steps"] // setting["evaluations"])
@@ -511,16 +544,42 @@ _FIG48: dict[str, Any] = {
     "scales": _schedule_scales(_TASKS, {"rank-2": [0, 1, 2, 3, 6], "rank-3": [0, 1, 3]}, seeds=2),
 }
 
+_CATAPULTS_CLAIM = "With every further catapult of gradient descent the test {} falls and the AGOP alignment rises."
+_IMAGE_SCHEDULE: dict[str, Any] = {
+    **_RAISED, "claim": _CATAPULTS_CLAIM.format("error"), "judge": _judge_schedule, "draw": _draw_schedule,
+}  # fmt: skip
+_OPTIMIZERS_CLAIM = "Over optimizers, a better AGOP alignment goes with a lower test {}."
+_IMAGE_OPTIMIZERS: dict[str, Any] = {
+    "claim": _OPTIMIZERS_CLAIM.format("error"), "cases": _optimizer_cases, "run": _run_optimizer,
+    "judge": _judge_correlation, "draw": _draw_optimizers,
+}  # fmt: skip
+
 ARTEFACTS = (
     Artefact(
         name="fig-4.8",
         title="More catapults of gradient descent, lower test loss and better AGOP alignment, rank-2 and rank-3",
         source="Figure 4.8 (a, b) and Appendix C.6",
-        claim="With every further catapult of gradient descent the test loss falls and the AGOP alignment rises.",
+        claim=_CATAPULTS_CLAIM.format("loss"),
         printed="",
         judge=_judge_schedule,
         draw=_draw_schedule,
         **_FIG48,
+    ),
+    Artefact(
+        name="fig-4.8c",
+        title="More catapults of gradient descent, lower test error and better AGOP alignment, SVHN-2",
+        source="Figure 4.8 (c) and Appendix C.6",
+        printed="rates 30, 60, 90 from steps 10, 35, 50",
+        scales=_image_scales("svhn-2", _SVHN, _SVHN_RECORDED, steps=100, increases=[0, 1, 3]),
+        **_IMAGE_SCHEDULE,
+    ),
+    Artefact(
+        name="fig-4.8d",
+        title="More catapults of gradient descent, lower test error and better AGOP alignment, CelebA",
+        source="Figure 4.8 (d) and Appendix C.6",
+        printed="rates 40, 70, 100 from steps 10, 35, 50",
+        scales=_image_scales("celeba", _CELEBA, _CELEBA_RECORDED),
+        **_IMAGE_SCHEDULE,
     ),
     Artefact(
         name="fig-4.10",
@@ -539,13 +598,29 @@ ARTEFACTS = (
         name="fig-4.11",
         title="Test loss against AGOP alignment over seven optimizers",
         source="Figure 4.11 and Appendix C.6",
-        claim="Over optimizers, a better AGOP alignment goes with a lower test loss.",
+        claim=_OPTIMIZERS_CLAIM.format("loss"),
         printed="",
         scales=_OPTIMIZER_SCALES,
         cases=_optimizer_cases,
         run=_run_optimizer,
         judge=_judge_correlation,
         draw=_draw_optimizers,
+    ),
+    Artefact(
+        name="fig-4.11c",
+        title="Test error against AGOP alignment over seven optimizers, SVHN-2",
+        source="Figure 4.11 (c), Table C.1 and Appendix C.6",
+        printed="the rates of Table C.1",
+        scales=_image_optimizer_scales("svhn-2", _SVHN, _SVHN_RECORDED),
+        **_IMAGE_OPTIMIZERS,
+    ),
+    Artefact(
+        name="fig-4.11d",
+        title="Test error against AGOP alignment over seven optimizers, CelebA",
+        source="Figure 4.11 (d), Table C.1 and Appendix C.6",
+        printed="the rates of Table C.1",
+        scales=_image_optimizer_scales("celeba", _CELEBA, _CELEBA_RECORDED),
+        **_IMAGE_OPTIMIZERS,
     ),
     Artefact(
         name="table-c.1",

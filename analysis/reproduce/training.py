@@ -13,9 +13,9 @@ from catapult_opt import CatapultMonitor
 
 from ..agop import agop, alignment
 from ..tasks import RegressionTask, Split
-from .artefact import Result
+from .artefact import Record, Result
 
-__all__ = ["TARGET_LOSS", "batches", "mse", "train", "train_sgd"]
+__all__ = ["TARGET_LOSS", "batches", "measure", "mse", "train", "train_sgd"]
 
 TARGET_LOSS = 1e-3  # the thesis stops here (Appendix C.6)
 
@@ -57,6 +57,7 @@ def train_sgd(
                     "val_loss": val_loss,
                     "test_loss": mse(model, task.test),
                     "alignment": alignment(agop(model, task.train.inputs), task.egop),
+                    **_test_error(model, task.test),
                     "super_critical": monitor.super_critical_steps,
                     "measured": monitor.measured_steps,
                     "super_critical_share": monitor.super_critical_steps / max(monitor.measured_steps, 1),
@@ -108,8 +109,7 @@ def train(
             if val_loss < best["val_loss"]:
                 best = {"val_loss": val_loss, "best_step": step, "test_loss": mse(model, task.test)}
                 best["alignment"], best["agop"] = _features(model, task)
-                if bool((task.test.targets.abs() == 1).all()):  # two classes
-                    best["test_error"] = _error(model, task.test)
+                best.update(_test_error(model, task.test))
             if step and not TARGET_LOSS <= mse(model, task.train) < math.inf:
                 break
         if step == steps:
@@ -128,9 +128,21 @@ def train(
 
 
 @torch.no_grad()
-def _error(model: nn.Module, split: Split) -> float:
-    """Share of the examples on the wrong side."""
-    return float((model(split.inputs).sign() != split.targets).float().mean())
+def _test_error(model: nn.Module, split: Split) -> Result:
+    """Share of the examples that are put into another class than their own; nothing for regression."""
+    targets = split.targets
+    if targets.shape[1] > 1:
+        wrong = model(split.inputs).argmax(1) != targets.argmax(1)
+    elif bool((targets.abs() == 1).all()):
+        wrong = model(split.inputs).sign() != targets
+    else:
+        return {}
+    return {"test_error": float(wrong.float().mean())}
+
+
+def measure(records: Sequence[Record]) -> str:
+    """The key by which the test performance goes: of classification the error, of regression the loss."""
+    return "test_error" if all("test_error" in record["result"] for record in records) else "test_loss"
 
 
 def _features(model: nn.Module, task: RegressionTask) -> tuple[float, Tensor]:
