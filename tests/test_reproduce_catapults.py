@@ -152,7 +152,7 @@ def test_several_spikes_can_hold_and_fail(name, bad):
 def sgd_record(problem, **changes):
     good = {
         "rises": 10, "match": 0.95, "spikes": 5, "top_share": 0.95, "norm_falls": 1.0, "norm_falls_else": 0.4,
-        "diverged": False, "super_critical": 3, "steps": 50, "high_rate": 1.0,
+        "diverged": False, "super_critical": 3, "steps": 50, "raised": 1.0, "above_without_rise": 0.5,
     }  # fmt: skip
     return {"case": {"problem": problem, "seed": 0}, "result": {**good, **changes}}
 
@@ -162,13 +162,14 @@ def sgd_record(problem, **changes):
     [
         ("table-4.2", {"match": 0.8}),
         ("table-4.2", {"match": math.nan}),
+        ("table-4.2", {"above_without_rise": 1.0}),
         ("table-4.2", {"diverged": True}),
         ("fig-4.7", {"spikes": 0}),
         ("fig-4.7", {"top_share": math.nan}),
         ("fig-4.7", {"norm_falls": 0.5}),
         ("fig-4.7", {"norm_falls_else": 1.0}),
         ("fig-4.7", {"diverged": True}),
-        ("fig-c.12", {"high_rate": 0.5}),
+        ("fig-c.12", {"raised": 0.5}),
     ],
 )
 def test_sgd_can_hold_and_fail(name, bad):
@@ -344,7 +345,7 @@ def test_quick_settings_of_the_schedules_run():
         result = artefact.run(setting, artefact.cases(setting)[0], Data())
         assert "test_error" not in result
         assert math.isfinite(result["test_loss"])
-    assert isinstance(features.task_and_model(setting, "full-rank", 0)[0], type(full_rank(1, 1, 1)))
+    assert isinstance(features.task_and_model(setting, "full-rank", 0, Data())[0], type(full_rank(1, 1, 1)))
 
 
 def test_real_tasks_have_two_classes_and_the_features_of_a_reference(tmp_path):
@@ -353,7 +354,7 @@ def test_real_tasks_have_two_classes_and_the_features_of_a_reference(tmp_path):
     ink = np.random.default_rng(0).integers(-100, 100, (120, 16, 16))
     ink[:, :, :8] += (400 * (digits - 1))[:, None, None]
     np.savez(tmp_path / "usps.npz", x=ink.astype(np.int16), y=digits)
-    task = real_task("usps-2", 50, 30, 8, 60, 0, str(tmp_path), False)
+    task = real_task("usps-2", {"n": 50, "n_eval": 30, "image_size": 8, "reference_steps": 60}, 0, Data(tmp_path))
     assert task.train.inputs.shape == (50, 64)
     assert set(task.test.targets.flatten().tolist()) == {-1.0, 1.0}
     assert float((task.target(task.test.inputs).sign() == task.test.targets).float().mean()) > 0.9

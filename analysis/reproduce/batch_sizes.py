@@ -177,7 +177,7 @@ _QUICK: dict[str, Any] = {
     "max_steps": 1000, "evaluate_every": 25,
 }  # fmt: skip
 # Table 4.1 (rank-2) is recorded in the thesis' setting; gradient descent of the deep networks takes too long for it.
-_DEEP: dict[str, Any] = {"batch_sizes": [5, 50, 1000], "n_train": 1000, "n_eval": 2000, "max_steps": 2000}
+_DEEP: dict[str, Any] = {"batch_sizes": [5, 50, 500], "n_train": 500, "n_eval": 2000, "max_steps": 1500}
 _SCALES = {
     "full": _FULL,
     "recorded": {**_FULL, "rank-3": _DEEP},
@@ -247,7 +247,7 @@ ARTEFACTS = (
         title="Batch size against test error, AGOP alignment and catapults, SVHN",
         source="Figure 4.9 (c) and Appendix C.6",
         scales=_image_scales(
-            _SVHN, n_train=500, n_eval=1000, image_size=8, width=32, reference_steps=300, max_steps=2000
+            _SVHN, n_train=300, n_eval=1000, image_size=8, width=32, reference_steps=150, max_steps=600
         ),
         **_IMAGE_FIGURE,
     ),
@@ -325,14 +325,14 @@ ARTEFACTS = (
         name="fig-c.21b",
         title="Batch size against test error, AGOP alignment and catapults, USPS with 10 % label noise",
         source="Figure C.21 (b) and Appendix C.6",
-        scales=_image_scales(_USPS, n_train=600, n_eval=400, reference_steps=200, max_steps=2000),
+        scales=_image_scales(_USPS, n_train=500, n_eval=400, reference_steps=100, max_steps=1500),
         **_IMAGE_FIGURE,
     ),
     Artefact(
         name="fig-c.21c",
         title="Batch size against test error, AGOP alignment and catapults, Fashion-MNIST with 10 % label noise",
         source="Figure C.21 (c) and Appendix C.6",
-        scales=_image_scales(_FASHION, n_train=600, n_eval=400, image_size=14, reference_steps=200, max_steps=2000),
+        scales=_image_scales(_FASHION, n_train=500, n_eval=400, image_size=14, reference_steps=100, max_steps=1500),
         **_IMAGE_FIGURE,
     ),
 )

@@ -69,7 +69,6 @@ def _in_numbers(found: Trace) -> Result:
     calm = [t for t in range(len(loss) - 1) if t not in up]
     total = sum(loss[t + 1] - loss[t] for t in up)
     above = [lr > rate for lr, rate in zip(found.lr, found.batch_rate, strict=True)]
-    middle = (max(found.lr) + min(found.lr)) / 2
     return {
         "steps": len(found.lr),
         "final": loss[-1],
@@ -83,7 +82,7 @@ def _in_numbers(found: Trace) -> Result:
         "rest_rise": max(r / low for r, low in zip(found.rest, accumulate(found.rest, min), strict=True)) - 1,
         "norm_falls": _share([norm[end] < norm[start] for start, end in spikes]),
         "norm_falls_else": _share([norm[t + 1] < norm[t] for t in calm]),
-        "high_rate": _share([found.lr[start] >= middle for start, _ in spikes]),
+        "raised": _share([found.lr[start + 1] > found.lr[start] for start, _ in spikes]),
     }
 
 
@@ -100,14 +99,17 @@ def _percent(numbers: Sequence[float]) -> str:
 
 def _judge_match(setting: Setting, records: list[Record]) -> Verdict:
     means = {label: float(np.mean(values(records, label, "match"))) for label in labels(records)}
+    others = {label: float(np.mean(values(records, label, "above_without_rise"))) for label in means}
     texts = [
-        f"{label}: {_percent(values(records, label, 'match'))} % of {sum(values(records, label, 'rises'))} rises"
+        f"{label}: {_percent(values(records, label, 'match'))} % of {sum(values(records, label, 'rises'))} rises, and "
+        f"{_percent(values(records, label, 'above_without_rise'))} % of the other steps"
         for label in means
     ]
     diverged = {label: sum(values(records, label, "diverged")) for label in means}
     failures = [f"{label}: below 90 %." for label, mean in means.items() if not mean >= 0.9]
     failures += [f"{label}: training diverges on {n} seeds: no match." for label, n in diverged.items() if n]
-    passed = [mean >= 0.9 and not diverged[label] for label, mean in means.items()]
+    failures += [f"{label}: no more than of the other steps." for label, mean in means.items() if mean <= others[label]]
+    passed = [mean >= 0.9 and mean > others[label] and not diverged[label] for label, mean in means.items()]
     return graded(passed, "; ".join(texts), failures, SCALED)
 
 
@@ -152,7 +154,7 @@ def _judge_catapults(setting: Setting, records: list[Record]) -> Verdict:
                 "training diverges": not result["diverged"],
             }
             if "low" in problem_of(setting, {"problem": label}):
-                checks["under 80 % of the spikes come at the upper half of the rates"] = result["high_rate"] >= 0.8
+                checks["under 80 % of the spikes start while the rate is raised"] = result["raised"] >= 0.8
             passed.append(all(checks.values()))
             failures += [f"{label}: {text}." for text, ok in checks.items() if not ok]
         texts.append(
@@ -312,7 +314,7 @@ _SMALL: dict[str, dict[str, Any]] = {
     "fcn-5": {"image_size": 16, "steps": 200},
     "cnn-5": {"width": 64, "image_size": 8, "steps": 80},
     "wrn-10": {"width": 1, "image_size": 8, "steps": 60},
-    "vit-4": {"width": 48, "image_size": 16, "steps": 60},
+    "vit-4": {"width": 48, "image_size": 16, "steps": 40, "n": 64},
     "myrtle-5": {"width": 64, "image_size": 16, "steps": 40, "n": 64, "classes": [0, 2, 7, 9]},
 }
 _TINY: dict[str, dict[str, Any]] = {
@@ -328,12 +330,13 @@ _TINY: dict[str, dict[str, Any]] = {
 
 # For what repeats the networks of Figure 4.7 in another setting.
 _SMALLER: dict[str, dict[str, Any]] = {
-    **_SMALL,
-    "fcn-2": {**_SMALL["fcn-2"], "n": 400},
-    "fcn-5": {"width": 512, "image_size": 8, "steps": 120},
-    "cnn-5": {"width": 48, "image_size": 8, "steps": 50},
-    "wrn-10": {"width": 1, "image_size": 8, "steps": 40},
-    "vit-4": {"width": 48, "image_size": 16, "steps": 40},
+    "fcn-2": {"n": 200, "steps": 150},
+    "fcn-4": {"n": 200, "steps": 150},
+    "fcn-5": {"width": 256, "image_size": 8, "steps": 80},
+    "cnn-5": {"width": 32, "image_size": 8, "steps": 30},
+    "wrn-10": {"width": 0.5, "image_size": 8, "steps": 30},
+    "vit-4": {"width": 24, "image_size": 8, "steps": 30, "n": 64},
+    "myrtle-5": {"width": 32, "image_size": 16, "steps": 25, "n": 64, "classes": [0, 2, 7, 9]},
 }
 
 
@@ -344,27 +347,22 @@ def _scales(
     full: Setting = {"n": 128, "batch_size": 32, "seeds": 3, **more, "problems": problems}
 
     def changed(changes: dict[str, dict[str, Any]], **others: Any) -> Setting:
-        return {**full, **others, "problems": [{**p, **changes[p["network"]]} for p in problems]}
+        return {**full, **others, "problems": [{**p, **changes.get(p["network"], {})} for p in problems]}
 
     return {"full": full, "recorded": changed(recorded, seeds=seeds), "quick": changed(_TINY, seeds=1, n=64)}
 
 
 def _large_scales() -> dict[str, Setting]:
     """Figure C.11: n = 5,000 for the FCN and the CNN, several outputs for the Myrtle network."""
-    label = "Myrtle-5, CIFAR-10"
-    scales = _scales(
-        [
-            _problem("5-layer FCN, 5,000 examples", "fcn-5", "cifar10", 1.67, n=5000),
-            _problem("5-layer CNN, 5,000 examples", "cnn-5", "cifar10", 1.78, n=5000),
-            _problem(label, "myrtle-5", "cifar10", 1.67, classes=list(range(10))),
-        ]
-    )
-    fewer = {"recorded": 300, "quick": 100}
-    for scale, n in fewer.items():
-        problems = [p if p["label"] == label else {**p, "n": n, "steps": 40} for p in scales[scale]["problems"]]
-        scales[scale] = {**scales[scale], "problems": problems}
-    scales["recorded"] = {**scales["recorded"], "seeds": 1}
-    return scales
+    large = [
+        _problem("5-layer FCN, 5,000 examples", "fcn-5", "cifar10", 1.67, n=5000),
+        _problem("5-layer CNN, 5,000 examples", "cnn-5", "cifar10", 1.78, n=5000),
+    ]
+    outputs = _problem("Myrtle-5, CIFAR-10", "myrtle-5", "cifar10", 1.67, classes=list(range(10)))
+    fewer = {name: {**_SMALLER[name], "n": 300, "steps": 30} for name in ("fcn-5", "cnn-5")}
+    scales = _scales([*large, outputs], {**_SMALLER, **fewer}, seeds=1)
+    quick = [{**p, "n": 100, "steps": 20} if p["network"] != "myrtle-5" else p for p in scales["quick"]["problems"]]
+    return {**scales, "quick": {**scales["quick"], "problems": quick}}
 
 
 def _only(*chosen: str) -> Any:
@@ -383,7 +381,12 @@ _CIFAR = [
 ]
 _DEEP = [p for p in _CIFAR if p["label"] in (_FCN, _CNN, _WRN, _VIT)]
 _TRACED: dict[str, Any] = {"run": _run, "draw": draw_traces}
-_CIFAR_RUNS: dict[str, Any] = {**_TRACED, "scales": _scales(_CIFAR)}
+_DEEP_RUNS: dict[str, Any] = {**_TRACED, "scales": _scales(_DEEP)}
+# Recorded in the thesis' setting, but for the CNN: its kernel takes minutes a step.
+_MATCH_RUNS: dict[str, Any] = {
+    **_TRACED,
+    "scales": _scales([p for p in _CIFAR if p["label"] in (*_SHALLOW, _FCN, _CNN)], {"cnn-5": _SMALL["cnn-5"]}),
+}
 _CATAPULTS = (
     "The spikes of SGD's training loss lie in the top eigendirection of the tangent kernel, and its norm falls at each."
 )
@@ -415,8 +418,8 @@ ARTEFACTS = (
         printed="rates 0.1 and 0.8",
         cases=_only(*_SHALLOW),
         judge=_judge_shallow,
-        shares="fig-4.7",
-        **_CIFAR_RUNS,
+        shares="table-4.2",
+        **_MATCH_RUNS,
     ),
     Artefact(
         name="fig-4.7",
@@ -424,9 +427,9 @@ ARTEFACTS = (
         source="Figure 4.7 and Appendix C.6",
         claim=_CATAPULTS,
         printed="rates 6, 8, 3 and 0.2",
-        cases=_only(_FCN, _CNN, _WRN, _VIT),
+        cases=cases,
         judge=_judge_catapults,
-        **_CIFAR_RUNS,
+        **_DEEP_RUNS,
     ),
     Artefact(
         name="table-4.2",
@@ -436,8 +439,7 @@ ARTEFACTS = (
         printed="2-layer FCN 97.32 ± 0.45 %, 5-layer FCN 96.17 ± 1.46 %, 5-layer CNN 94.67 ± 3.27 %",
         cases=_only(_SHALLOW[1], _FCN, _CNN),
         judge=_judge_match,
-        shares="fig-4.7",
-        **_CIFAR_RUNS,
+        **_MATCH_RUNS,
     ),
     Artefact(
         name="fig-c.1",
@@ -461,7 +463,7 @@ ARTEFACTS = (
         cases=_only(_WRN, _VIT),
         judge=_judge_catapults,
         shares="fig-4.7",
-        **_CIFAR_RUNS,
+        **_DEEP_RUNS,
     ),
     Artefact(
         name="fig-c.9",
@@ -503,7 +505,10 @@ ARTEFACTS = (
         claim="With a cyclical rate the loss has spikes where the rate is raised; they lie in the top eigendirection "
         "of the tangent kernel, and its norm falls.",
         printed="",
-        scales=_scales([_problem(_WRN, "wrn-10", "cifar10", 3.0, low=0.5, period=40)]),
+        scales=_scales(
+            [_problem(_WRN, "wrn-10", "cifar10", 2.0, low=0.5, period=40)],
+            {"wrn-10": {"width": 1, "image_size": 8, "steps": 80}},
+        ),
         cases=cases,
         judge=_judge_catapults,
         **_TRACED,

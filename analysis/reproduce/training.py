@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, count, islice
 
 import torch
@@ -89,14 +89,17 @@ def train(
     steps: int,
     evaluate_every: int,
     lrs: Sequence[float] | None = None,
+    limit: Callable[[Sequence[float]], float] | None = None,
+    target_loss: float = TARGET_LOSS,
 ) -> Result:
     """Any optimizer on the mean squared error; test loss and AGOP alignment are those at the best validation loss.
 
     Args:
         source: batches as indices, see `batches`.
         lrs: the rate of every step, in place of the optimizer's own.
+        limit: called before every step with the training losses so far; ``lrs`` is cut off at what it returns.
 
-    Ends after ``steps``, below `TARGET_LOSS`, or at a loss that is not finite.
+    Ends after ``steps``, below ``target_loss``, or at a loss that is not finite.
     """
     criterion = nn.MSELoss()
     best: Result = {"val_loss": math.inf, "test_loss": math.nan, "alignment": math.nan, "best_step": 0}
@@ -110,13 +113,14 @@ def train(
                 best = {"val_loss": val_loss, "best_step": step, "test_loss": mse(model, task.test)}
                 best["alignment"], best["agop"] = _features(model, task)
                 best.update(_test_error(model, task.test))
-            if step and not TARGET_LOSS <= mse(model, task.train) < math.inf:
+            if step and not target_loss <= mse(model, task.train) < math.inf:
                 break
         if step == steps:
             break
         batch = next(source)
         if lrs is not None:
-            optimizer.param_groups[0]["lr"] = lrs[step]
+            cut = math.inf if limit is None else limit(curves["loss"])
+            optimizer.param_groups[0]["lr"] = min(lrs[step], cut)
         optimizer.zero_grad()
         loss = criterion(model(task.train.inputs[batch]), task.train.targets[batch])
         curves["loss"].append(float(loss.detach()))
