@@ -246,7 +246,7 @@ _TASKS: dict[str, dict[str, Any]] = {
     "rank-2": {
         "n": 2000, "width": 1024, "depth": 2, "lr": 2.0, "rates": [8, 16, 30, 50, 75, 80],
         "at": [50, 150, 220, 280, 350, 400], "steps": 500, "increases": [0, 1, 2, 3, 4, 5, 6],
-        "near_zero_lr": 8.0, "near_zero_steps": 500,
+        "near_zero_lr": 8.0, "near_zero_steps": 3000,
     },
     "rank-3": {
         "n": 1000, "width": 256, "depth": 4, "lr": 2.0, "rates": [40, 100, 150], "at": [20, 60, 80], "steps": 400,
@@ -712,7 +712,7 @@ ARTEFACTS = (
         printed="",
         scales=_schedule_scales(
             {"rank-4": _RANK4, **_REAL_TASKS},
-            {"rank-4": {"steps": 200}, **dict.fromkeys(_REAL_TASKS, {"increases": [0, 1, 3], "steps": 100})},
+            {"rank-4": {"steps": 200}, **{key: {"increases": [0, 1, 3], "steps": 100} for key in _REAL_TASKS}},
             seeds=2,
         ),
         judge=_judge_schedule,
