@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import shutil
 import tarfile
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -139,50 +141,66 @@ class Data:
         assert self.folder is not None
         read = partial(formats.celeba, limit=limit) if name == "celeba" else source.read
         places = [self.folder / place for place in source.places]
+        can_fetch = self.download and bool(source.files)
         for place in places:
             if any(any(place.glob(marker)) for marker in source.markers):
-                return read(place)
+                try:
+                    return read(place)
+                except DataError:  # a file is missing or damaged, as after an interrupted download
+                    if not can_fetch:
+                        raise
+                    return self._fetched(source)
         compact = sorted([*self.folder.glob(f"{name}*.npz"), *self.folder.glob(f"{name}.csv.gz")])
         if compact:
             return formats.compact(name, compact)
-        if self.download and source.files:
-            target = self.folder / source.places[0]
-            for url, checksum in source.files:
-                fetch(url, checksum, target / url.rpartition("/")[2])
-            return self._unpacked(source, target)
+        if can_fetch:
+            return self._fetched(source)
         sought = f"{' or '.join(source.markers)} in {', '.join(map(str, places))}, and {name}*.npz in {self.folder}"
         raise DataError(f"not found; sought {sought}")
 
-    def _unpacked(self, source: _Source, target: Path) -> Raw:
+    def _fetched(self, source: _Source) -> Raw:
+        """What is not there in full and with the right sum is downloaded to the first place, and read from there."""
+        assert self.folder is not None
+        target = self.folder / source.places[0]
+        for url, checksum in source.files:
+            fetch(url, checksum, target / url.rpartition("/")[2])
         for url, _ in source.files:
             if url.endswith(".tar.gz"):
                 with tarfile.open(target / url.rpartition("/")[2]) as archive:
                     archive.extractall(target, filter="data")
-        assert self.folder is not None
         for place in (self.folder / place for place in source.places):
-            if any(any(place.glob(marker)) for marker in source.markers):
+            if place.is_relative_to(target) and any(any(place.glob(marker)) for marker in source.markers):
                 return source.read(place)
         raise DataError(f"what was downloaded to {target} does not hold {' or '.join(source.markers)}")
+
+
+_PATIENCE = 60  # seconds without a byte
 
 
 def fetch(url: str, checksum: str, path: Path) -> None:
     """Download a file unless it is there, and check its MD5 sum.
 
     Raises:
-        DataError: it cannot be reached, or is not what it should be (and is then not kept).
+        DataError: it cannot be reached, breaks off, or is not what it should be; nothing is kept then, and the next
+            call starts anew.
     """
     if path.exists() and _md5(path) == checksum:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_name(path.name + ".part")
     try:
-        urllib.request.urlretrieve(url, partial_path)
-    except OSError as error:
+        with urllib.request.urlopen(url, timeout=_PATIENCE) as response, open(partial_path, "wb") as file:
+            shutil.copyfileobj(response, file)
+            length = response.headers.get("Content-Length")
+            if length is not None and file.tell() < int(length):
+                raise OSError(f"broken off after {file.tell()} of {length} bytes")
+        if (found := _md5(partial_path)) != checksum:
+            raise DataError(f"{url} is not the file expected (MD5 {found}, not {checksum})")
+        partial_path.replace(path)
+    except (OSError, HTTPException) as error:
         raise DataError(f"{url} cannot be fetched ({error}); put the file at {path} yourself") from None
-    if (found := _md5(partial_path)) != checksum:
-        partial_path.unlink()
-        raise DataError(f"{url} is not the file expected (MD5 {found}, not {checksum})")
-    partial_path.replace(path)
+    finally:
+        partial_path.unlink(missing_ok=True)
 
 
 def _md5(path: Path) -> str:

@@ -3,11 +3,14 @@
 import bz2
 import gzip
 import hashlib
+import http.server
 import pickle
 import re
 import struct
 import subprocess
 import tarfile
+import threading
+import types
 import wave
 
 import numpy as np
@@ -100,8 +103,8 @@ def test_svhn_mat_where_ten_means_zero(tmp_path):
     same(Data(tmp_path).load("svhn"), x / 255, y)
 
 
-@pytest.mark.parametrize("kind", ["zip", "zip.gz", "libsvm", "libsvm.bz2"])
-def test_usps_as_lines_of_numbers_and_as_libsvm(tmp_path, kind):
+def write_usps(folder, kind):
+    folder.mkdir(parents=True, exist_ok=True)
     x, y = RANDOM.integers(-1000, 1001, (2, 3, 256)) / 1000, RANDOM.integers(0, 10, (2, 3))
     names = ("zip.train", "zip.test") if kind.startswith("zip") else ("usps", "usps.t")
     for name, images, labels in zip(names, x, y, strict=True):
@@ -114,8 +117,14 @@ def test_usps_as_lines_of_numbers_and_as_libsvm(tmp_path, kind):
             ]
         data = ("\n".join(lines) + "\n").encode()
         pack = {"gz": gzip.compress, "bz2": bz2.compress}.get(kind.rpartition(".")[2], bytes)
-        (tmp_path / (name + kind.removeprefix("zip").removeprefix("libsvm"))).write_bytes(pack(data))
-    same(Data(tmp_path).load("usps"), (x.reshape(-1, 1, 16, 16) + 1) / 2, y.ravel())
+        (folder / (name + kind.removeprefix("zip").removeprefix("libsvm"))).write_bytes(pack(data))
+    return (x.reshape(-1, 1, 16, 16) + 1) / 2, y.ravel()
+
+
+@pytest.mark.parametrize("kind", ["zip", "zip.gz", "libsvm", "libsvm.bz2"])
+def test_usps_as_lines_of_numbers_and_as_libsvm(tmp_path, kind):
+    x, y = write_usps(tmp_path, kind)
+    same(Data(tmp_path).load("usps"), x, y)
 
 
 def test_celeba_attributes_and_images(tmp_path):
@@ -285,6 +294,135 @@ def test_download_checks_and_unpacks(tmp_path, monkeypatch):
     same(Data(tmp_path / "new").load("cifar10"), x / 255, y)
     with pytest.raises(DataError, match="cannot be fetched"):
         Data(tmp_path / "again", download=True).load("cifar10")
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serves tmp_path/served; what is asked for, and files that break off in the middle or never come."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path / "served"))
+
+        def do_GET(self):
+            offered.asked.append(self.path)
+            if self.path in offered.silent:
+                offered.done.wait(10)
+            elif self.path in offered.broken:
+                data = (tmp_path / "served" / self.path[1:]).read_bytes()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 2])
+            else:
+                super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    (tmp_path / "served").mkdir()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        offered = types.SimpleNamespace(
+            address=f"http://127.0.0.1:{running.server_port}/", asked=[], broken=set(), silent=set(),
+            done=threading.Event(),
+        )  # fmt: skip
+        yield offered
+        offered.done.set()
+        running.shutdown()
+
+
+def serve(name, folder):
+    """Official files of a data set in ``folder``; what should be read."""
+    if name == "cifar10":
+        x, y = write_cifar(folder / "cifar-10-batches-py")
+        with tarfile.open(folder / "cifar-10-python.tar.gz", "w:gz") as tar:
+            tar.add(folder / "cifar-10-batches-py", "cifar-10-batches-py")
+        return x / 255, y
+    if name == "svhn":
+        x, y = write_svhn(folder)
+        return x / 255, y
+    if name == "usps":
+        return write_usps(folder, "libsvm.bz2")
+    x, y = write_idx(folder, True)
+    return x / 255, y
+
+
+def offer(monkeypatch, name, folder, address):
+    """The declared files at another address, with the sums of the small ones."""
+    source = datasets._SOURCES[name]
+    names = [url.rpartition("/")[2] for url, _ in source.files]
+    files = tuple((address + file, hashlib.md5((folder / file).read_bytes()).hexdigest()) for file in names)
+    monkeypatch.setitem(datasets._SOURCES, name, datasets.replace(source, files=files))
+    return names
+
+
+@pytest.mark.parametrize("name", ["cifar10", "svhn", "mnist", "fashion_mnist", "usps"])
+def test_download_from_a_server_then_without_it(tmp_path, monkeypatch, server, name):
+    x, y = serve(name, tmp_path / "served")
+    names = offer(monkeypatch, name, tmp_path / "served", server.address)
+    same(Data(tmp_path / "new", download=True).load(name), x, y)
+    assert server.asked == ["/" + file for file in names]
+    same(Data(tmp_path / "new", download=True).load(name), x, y)
+    assert len(server.asked) == len(names)
+
+
+def test_a_file_that_is_not_the_expected_one_is_not_kept(tmp_path, monkeypatch, server):
+    serve("svhn", tmp_path / "served")
+    offer(monkeypatch, "svhn", tmp_path / "served", server.address)
+    good = (tmp_path / "served" / "test_32x32.mat").read_bytes()
+    (tmp_path / "served" / "test_32x32.mat").write_bytes(good[:-1] + b"x")
+    with pytest.raises(DataError, match=r"test_32x32\.mat is not the file expected \(MD5 [0-9a-f]{32}, not "):
+        Data(tmp_path / "new", download=True).load("svhn")
+    assert [path.name for path in (tmp_path / "new" / "svhn").iterdir()] == ["train_32x32.mat"]
+
+
+def test_an_interrupted_download_says_so_and_is_taken_up_again(tmp_path, monkeypatch, server):
+    x, y = serve("svhn", tmp_path / "served")
+    offer(monkeypatch, "svhn", tmp_path / "served", server.address)
+    server.broken = {"/train_32x32.mat"}
+    with pytest.raises(DataError, match=r"train_32x32\.mat cannot be fetched \(broken off after \d+ of \d+ bytes\)"):
+        Data(tmp_path / "new", download=True).load("svhn")
+    assert not list((tmp_path / "new" / "svhn").iterdir())
+    server.broken = set()
+    same(Data(tmp_path / "new", download=True).load("svhn"), x, y)
+
+
+def test_a_file_that_is_gone_and_a_server_that_does_not_answer(tmp_path, monkeypatch, server):
+    serve("svhn", tmp_path / "served")
+    offer(monkeypatch, "svhn", tmp_path / "served", server.address)
+    (tmp_path / "served" / "train_32x32.mat").unlink()
+    with pytest.raises(DataError, match=r"cannot be fetched \(HTTP Error 404.*put the file at .*train_32x32\.mat"):
+        Data(tmp_path / "new", download=True).load("svhn")
+    monkeypatch.setattr(datasets, "_PATIENCE", 0.2)
+    server.silent = {"/train_32x32.mat"}
+    with pytest.raises(DataError, match=r"cannot be fetched \(timed out\)"):
+        Data(tmp_path / "new", download=True).load("svhn")
+
+
+def test_a_download_that_stopped_between_two_files_is_finished(tmp_path, monkeypatch, server):
+    x, y = serve("mnist", tmp_path / "served")
+    offer(monkeypatch, "mnist", tmp_path / "served", server.address)
+    server.broken = {"/t10k-images-idx3-ubyte.gz"}
+    with pytest.raises(DataError, match="broken off"):
+        Data(tmp_path / "new", download=True).load("mnist")
+    server.broken = set()
+    with pytest.raises(DataError, match="t10k-images-idx3-ubyte is missing"):
+        Data(tmp_path / "new").load("mnist")
+    server.asked.clear()
+    same(Data(tmp_path / "new", download=True).load("mnist"), x, y)
+    assert server.asked == ["/t10k-images-idx3-ubyte.gz", "/t10k-labels-idx1-ubyte.gz"]
+
+
+def test_an_archive_that_was_unpacked_in_part_is_unpacked_again(tmp_path, monkeypatch, server):
+    x, y = serve("cifar10", tmp_path / "served")
+    offer(monkeypatch, "cifar10", tmp_path / "served", server.address)
+    Data(tmp_path / "new", download=True).load("cifar10")
+    unpacked = tmp_path / "new" / "cifar10" / "cifar-10-batches-py"
+    (unpacked / "data_batch_4").unlink()
+    truncate(unpacked / "test_batch")
+    same(Data(tmp_path / "new", download=True).load("cifar10"), x, y)
+    assert len(server.asked) == 1
 
 
 # ------------------------------------------------------------------------------------------------------- after reading
