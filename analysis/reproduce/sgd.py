@@ -385,7 +385,10 @@ _DEEP_RUNS: dict[str, Any] = {**_TRACED, "scales": _scales(_DEEP)}
 # Recorded in the thesis' setting, but for the CNN: its kernel takes minutes a step.
 _MATCH_RUNS: dict[str, Any] = {
     **_TRACED,
-    "scales": _scales([p for p in _CIFAR if p["label"] in (*_SHALLOW, _FCN, _CNN)], {"cnn-5": _SMALL["cnn-5"]}),
+    "scales": _scales(
+        [p for p in _CIFAR if p["label"] in (*_SHALLOW, _FCN, _CNN)],
+        {"fcn-2": {"steps": 400}, "cnn-5": _SMALL["cnn-5"]},
+    ),
 }
 _CATAPULTS = (
     "The spikes of SGD's training loss lie in the top eigendirection of the tangent kernel, and its norm falls at each."
