@@ -95,6 +95,13 @@ def test_spike_in_numbers():
     assert found["rest_rise"] == pytest.approx(0.0)
 
 
+def test_spikes_of_raised_rates():
+    """A spike that comes back with a lower norm, one with a higher, and one that does not come back."""
+    loss = [1.0, 2.0, 0.9, 0.8, 1.5, 0.7, 0.6, 0.9, 0.8]
+    norm = [8, 9, 4, 4, 5, 6, 3, 3, 2]
+    assert catapults._spikes(made_up(loss, loss, norm), [3, 6]) == ([True, True, False], [True, False, False])
+
+
 def test_sgd_run_in_numbers():
     found = made_up([1.0, 2.0, 0.9, 0.8, 0.85, 0.7], [0.5, 1.4, 0.5, 0.4, 0.41, 0.3], [8, 9, 4, 4, 4, 5])
     found.batch_rate = [5.0, 20.0, 20.0, 20.0, 20.0]
@@ -125,8 +132,9 @@ def test_one_spike_can_hold_and_fail(bad):
 
 def schedule_record(**changes):
     good = {
-        "spikes": [True, True], "norms": [9.0, 5.0, 2.0], "diverged": False, "first": 1.0, "final": 0.1,
-        "top_share": 0.95, "rest_ratio": 1.0, "alone_diverged": True,
+        "spikes": [True, True], "norm_falls": [True, True], "norms": [9.0, 5.0, 2.0], "diverged": False,
+        "first": 1.0, "final": 0.1, "top_share": 0.95,
+        "rest_ratio": 1.0, "alone_diverged": True,
     }  # fmt: skip
     return {"case": {"problem": "p", "seed": 0}, "result": {**good, **changes}}
 
@@ -136,6 +144,7 @@ def schedule_record(**changes):
     [
         ("fig-4.4", {"spikes": [True, False]}),
         ("fig-4.4", {"norms": [9.0, 5.0, 10.0]}),
+        ("fig-4.4", {"norm_falls": [True, False]}),
         ("fig-4.4", {"diverged": True}),
         ("fig-c.6", {"top_share": 0.7}),
         ("fig-c.6", {"rest_ratio": 1.5}),
@@ -253,6 +262,8 @@ def test_optimizers_can_hold_and_fail():
     bad = optimizers([(0.2, 0.2), (0.4, 0.7), (0.6, 0.4), (0.9, 0.9)])
     assert KNOWN["fig-4.11"].judge({}, good).outcome == "holds"
     assert KNOWN["fig-4.11"].judge({}, bad).outcome == "fails"
+    # In order, but far from a line.
+    assert KNOWN["fig-4.11"].judge({}, optimizers([(0.1, 9.0), (0.2, 0.3), (0.8, 0.2), (1.0, 0.1)])).outcome == "fails"
     assert KNOWN["table-c.1"].judge({}, good).outcome == "holds"
     assert KNOWN["table-c.1"].judge({}, optimizers([(0.2, 0.9)] * 4, math.nan)).outcome == "fails"
 
@@ -268,6 +279,8 @@ def test_small_rates_can_hold_and_fail():
     judge = KNOWN["fig-4.10"].judge
     assert judge({}, records([(5, 0.8), (500, 0.9)])).outcome == "holds"
     assert judge({}, records([(5, 0.3), (500, 0.9)])).outcome == "fails"
+    turned = [{**r, "result": {"test_loss": 1 - r["result"]["test_loss"]}} for r in records([(5, 0.8), (500, 0.9)])]
+    assert judge({}, turned).outcome == "fails"
 
 
 def test_equal_validation_losses_at_the_rate_of_a_tenth():

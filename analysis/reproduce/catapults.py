@@ -214,13 +214,13 @@ def _run_schedule(setting: Setting, case: Case, data: Data) -> Result:
     found = trace(model, train, lrs, top=problem["top"])
     again = network(problem, train, case["seed"])
     constant = trace(again, train, [lrs[-1]] * problem["alone"], top=problem["top"])
-    starts = [0, *problem["at"]]
-    spikes = [_between(found, a, b) for a, b in zip(starts, [*problem["at"], len(found.loss)], strict=True)]
+    spikes, falls = _spikes(found, problem["at"])
     growth = max(constant.loss) / constant.loss[0] if np.isfinite(constant.loss).all() else float("inf")
     rest = np.array(found.rest)
     return {
         "eta_crit": eta_crit,
         "spikes": spikes,
+        "norm_falls": falls,
         "norms": [found.norm[min(s, len(found.norm) - 1)] for s in (0, *problem["at"], len(found.norm) - 1)],
         "diverged": found.diverged,
         "final": found.loss[-1],
@@ -234,14 +234,26 @@ def _run_schedule(setting: Setting, case: Case, data: Data) -> Result:
     }
 
 
-def _between(found: Trace, start: int, stop: int) -> bool:
-    """Whether the loss rises by 20 % above its lowest value since ``start``, and is back there before ``stop``."""
-    loss = found.loss[start:stop]
+def _spikes(found: Trace, at: Sequence[int]) -> tuple[list[bool], list[bool]]:
+    """For every rate: whether the loss has a spike, and whether the kernel's norm is lower after it than before."""
+    spikes, lower = [], []
+    for first, stop in zip([0, *at], [*at, len(found.loss)], strict=True):
+        ends = _between(found.loss[first:stop])
+        spikes.append(ends is not None)
+        lower.append(ends is not None and found.norm[first + ends[1]] < found.norm[first + ends[0]])
+    return spikes, lower
+
+
+def _between(loss: Sequence[float]) -> tuple[int, int] | None:
+    """From the lowest loss before the peak to the first step back at it; None without a rise by 20 % and a return."""
     if len(loss) < 2:
-        return False
+        return None
     peak = int(np.argmax([x / low for x, low in zip(loss, accumulate(loss, min), strict=True)]))
-    lowest = min(loss[: peak + 1])
-    return loss[peak] >= 1.2 * lowest and min(loss[peak:]) <= lowest
+    start = int(np.argmin(loss[: peak + 1]))
+    if not loss[peak] >= 1.2 * loss[start]:
+        return None
+    back = next((t for t in range(peak, len(loss)) if loss[t] <= loss[start]), None)
+    return None if back is None else (start, back)
 
 
 def _share(found: Trace) -> float:
@@ -258,6 +270,7 @@ def _judge_schedule(setting: Setting, records: list[Record]) -> Verdict:
         for result in results:
             checks = {
                 "not every increase of the rate makes a spike that comes back": all(result["spikes"]),
+                "the kernel's norm is not lower after every spike": all(result["norm_falls"]),
                 "the kernel's norm does not end below where it started": result["norms"][-1] < result["norms"][0],
                 "training diverges": not result["diverged"],
             }
