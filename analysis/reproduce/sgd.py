@@ -387,7 +387,7 @@ _MATCH_RUNS: dict[str, Any] = {
     **_TRACED,
     "scales": _scales(
         [p for p in _CIFAR if p["label"] in (*_SHALLOW, _FCN, _CNN)],
-        {"fcn-2": {"steps": 400}, "cnn-5": _SMALL["cnn-5"]},
+        {"fcn-2": {"steps": 250}, "cnn-5": _SMALL["cnn-5"]},
     ),
 }
 _CATAPULTS = (
