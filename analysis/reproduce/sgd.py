@@ -111,8 +111,8 @@ def _judge_match(setting: Setting, records: list[Record]) -> Verdict:
     failures += [f"{label}: no more than of the other steps." for label, mean in means.items() if mean <= others[label]]
     passed = [mean >= 0.9 and mean > others[label] and not diverged[label] for label, mean in means.items()]
     tried = (
-        "Other readings of the 2-layer FCN, tried on one seed with pixels averaged to 16 x 16, do not reach 90 % either: "
-        "rates of 0.5 to 2 times critical, pixels in [0, 1] or [-1, 1]; nor do biases with the printed rate 0.8."
+        "Other readings of the 2-layer FCN, tried on one seed with pixels averaged to 16 x 16, do not reach 90 % "
+        "either: rates of 0.5 to 2 times critical, pixels in [0, 1] or [-1, 1]; nor do biases with the rate 0.8."
     )
     return graded(passed, "; ".join(texts), failures, f"{SCALED} {tried}" if failures else SCALED)
 
