@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ class BaseUpdate:
     rate: float  # the largest among the groups
     scale: Scale  # per parameter: relative rate, over the preconditioner where there is one; None: all ones
     critical: Callable[[float], float]  # lambda_max of scale^(1/2) G scale^(1/2) -> critical rate
+    noisy: float = 1.0  # the critical rate with mini-batch noise, where momentum helps no more, over that without
 
 
 def next_update(
@@ -51,13 +52,23 @@ def next_update(
     relative = [f * (r / largest if largest else 1.0) for r, f in zip(rates, parts, strict=True)]
     if _is_sgd(optimizer):
         rated: Scale = None if all(r == 1.0 for r in relative) else relative
-        return BaseUpdate(largest, rated, lambda lam: min(_sgd(g, lam) for g in groups))
+        return BaseUpdate(largest, rated, lambda lam: min(_sgd(g, lam) for g in groups), _noisy(groups))
     inverse, critical = _ADAPTIVE[_adaptive_kind(optimizer)]
     tensors: Scale = None
     if scale:
         scales = (r * inverse(g, p, optimizer.state.get(p, {})) for r, (g, p) in zip(relative, members, strict=True))
         tensors = [local(x) for x in scales]
-    return BaseUpdate(largest, tensors, lambda lam: min(critical(g, lam) for g in groups))
+    return BaseUpdate(largest, tensors, lambda lam: min(critical(g, lam) for g in groups), _noisy(groups))
+
+
+def _noisy(groups: Iterable[Group]) -> float:
+    """(1 - beta) / (1 + beta): from the heavy ball's 2 (1 + beta) / lambda to 2 (1 - beta) / lambda.
+
+    With mini-batches, the curvature that SGD with momentum beta settles at is the one whose plain critical rate is the
+    effective rate, eta / (1 - beta).
+    """
+    beta = max(float(g["betas"][0] if "betas" in g else g.get("momentum", 0.0)) for g in groups)
+    return (1 - beta) / (1 + beta)
 
 
 def check_supported(optimizer: Optimizer) -> None:

@@ -61,6 +61,7 @@ class CriticalLR:
     residual: float  # relative residual of the eigenpair
     matvecs: int  # curvature products spent
     converged: bool  # False: the cap on products was reached first
+    squared_error: bool = False  # is the loss one (a multiple of it)? Its curvature does not depend on the fit
 
 
 def measure(
@@ -127,13 +128,35 @@ def measure(
                 )
         except FloatingPointError as error:
             raise MeasurementError(f"{error}: is there a NaN or inf in the batch or the weights?") from error
-        if isinstance(operator, GGN):
-            _refuse_linear(criterion, operator.hessians, estimate.value, group)
-        ntk = _ntk(operator.hessians, estimate.value, group) if isinstance(operator, GGN) and scale is None else None
-    result = CriticalLR(
-        _edge(estimate.value), estimate.value, ntk, estimate.residual, estimate.matvecs, estimate.converged
-    )
-    return result, estimate.vector
+        hessians = operator.hessians if isinstance(operator, GGN) else None
+        if hessians is not None:
+            _refuse_linear(criterion, hessians, estimate.value, group)
+        found = _result(
+            estimate.value,
+            hessians,
+            scale,
+            group,
+            residual=estimate.residual,
+            matvecs=estimate.matvecs,
+            converged=estimate.converged,
+        )
+    return found, estimate.vector
+
+
+def _result(
+    value: float,
+    hessians: Sequence[OutputHessian] | None,
+    scale: Scale,
+    group: Group,
+    *,
+    residual: float = 0.0,
+    matvecs: int = 1,
+    converged: bool = True,
+) -> CriticalLR:
+    """Only inside `preserved`."""
+    multiple = None if hessians is None else _squared_error(hessians, group)
+    ntk = None if multiple is None or scale is not None else value * group.size / multiple
+    return CriticalLR(_edge(value), value, ntk, residual, matvecs, converged, multiple is not None)
 
 
 def _edge(lambda_max: float) -> float:
@@ -151,12 +174,11 @@ def _by_gram(
     try:
         value, hessian = gram_lambda_max(model, params, calls, scale)
         _refuse_linear(calls[0].criterion, [hessian], value, group)
-        ntk = _ntk([hessian], value, group) if scale is None else None
     except NotLayerwise:
         return None
     if not math.isfinite(value):
         raise MeasurementError("the kernel was not finite: is there a NaN or inf in the batch or the weights?")
-    return CriticalLR(_edge(value), value, ntk, 0.0, 1, True)
+    return _result(value, [hessian], scale, group)
 
 
 def choose_engine(
@@ -261,14 +283,14 @@ def _refuse_linear(criterion: nn.Module | None, hessians: Sequence[OutputHessian
     )
 
 
-def _ntk(hessians: Sequence[OutputHessian], value: float, group: Group) -> float | None:
-    """lambda_max(J J^T) where every term of the loss, on all processes, is the same multiple of a squared error."""
+def _squared_error(hessians: Sequence[OutputHessian], group: Group) -> float | None:
+    """h where every term of the loss, on all processes, is the same multiple h/2 of a squared error, else None."""
     multiples = [math.inf if m is None else m for m in (h.as_multiple_of_identity() for h in hessians)]
     lowest, highest = min(multiples, default=math.inf), max(multiples, default=-math.inf)
     highest, negated = group.highest([highest, -lowest])
     if not (math.isfinite(highest) and highest + negated <= 1e-5 * highest):
         return None
-    return value * group.size / highest
+    return highest
 
 
 def critical_lr(

@@ -31,11 +31,17 @@ from .trees import read_numbers, tensors_in
 
 # A first measurement pays once for a good vector; later ones start from it.
 _COLD_TOL, _COLD_MATVECS = 9e-4, 30
-_TOL, _MATVECS = 0.003, 10
+# Counting what lies above the edge asks for more than acting on it does.
+_COUNTING, _ACTING = (0.003, 10), (0.05, 5)
 # What torch's batch_norm writes without a trace in the tensor's version.
 _RUNNING_STATISTICS = ("running_mean", "running_var")
-# Averages of mini-batch losses and curvatures run over about this many measured steps.
-_MINI_BATCH_SMOOTHING = 50
+# Averages of mini-batch losses run over about this many steps.
+_MINI_BATCH_SMOOTHING = 20
+# What a measurement costs, in training steps: a curvature product, and the rest (benchmarks/curvature.py). Counted,
+# not timed, so that the same run measures on the same steps everywhere.
+_PRODUCT, _MEASUREMENT = 1.3, 1.0
+# So many steps' worth of measuring may be spent ahead of time: a training's first steps change the curvature most.
+_ADVANCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,16 @@ class Observation:
     seconds: float  # spent measuring
     smoothing: int  # steps to average over: 1 where the batch is the same every step
     late: Tensor | None = None  # the loss, if left on its device
+    noisy: float = 1.0  # of the critical rate, this part is left with mini-batch noise
+
+    @property
+    def eta_crit(self) -> float | None:
+        """The critical rate to act on; None where nothing was measured."""
+        return None if self.critical is None else self.critical.eta_crit * self.noisy
+
+    @property
+    def squared_error(self) -> bool:
+        return self.critical is not None and self.critical.squared_error
 
 
 @dataclass(frozen=True)
@@ -115,6 +131,8 @@ class Session:
         optimizer: whose parameters are trained.
         model, criterion, outputs: see `CatapultSGD`.
         every: measure at least every so many steps; None: only when asked to (`record`).
+        share: of the steps' time that the measurements a controller asks for may take, by count, where batches differ
+            and `overhead` sets no limit; None: nobody acts on them, they only have to be exact.
         overhead: share of the running time that measuring may take, see `CatapultSGD`; None: no limit.
         engine: how curvature is measured, see `CatapultSGD`.
         log: path of the run log, or None.
@@ -142,6 +160,7 @@ class Session:
         grad_scaler: LossScaler | None,
         copies: int,
         process_group: Any,
+        share: float | None = None,
     ) -> None:
         check_scaler(grad_scaler)
         check_overhead(overhead)
@@ -173,6 +192,9 @@ class Session:
         self._events: list[Event] = []  # of the present step
         self._every = every
         self._clock = Clock(overhead, self._group)
+        self._accuracy = _COUNTING if share is None else _ACTING
+        self._share = share if share is not None and overhead is None else math.inf
+        self._spent = 0.0  # training steps' worth of measuring, after the first measurement
         self._copies = copies
         self._outputs = outputs
         self._face, self._settings = face, settings
@@ -254,7 +276,8 @@ class Session:
             self.last = found or self.last
         seconds = self._clock.spend(time.perf_counter() - begun if self.capture.armed else 0.0)
         smoothing = 1 if self._repeated else _MINI_BATCH_SMOOTHING
-        return Observation(loss, found, vector, seconds, smoothing, None if read else late)
+        noisy = 1.0 if self._repeated else update.noisy
+        return Observation(loss, found, vector, seconds, smoothing, None if read else late, noisy)
 
     def _taken(self, need_loss: bool) -> tuple[list[LossCall], Tensor, bool]:
         """The step's calls of this process, the loss of all, and whether that is to be read."""
@@ -325,13 +348,18 @@ class Session:
             due = self.step + measure_in
             # A measurement already planned earlier stays: the intervals of a new phase do not push it out.
             self._due = due if found is not None else min(self._due or due, due)
+            if self.step == 1:
+                self._due = 2  # is it the same batch again?
         self.arm_next()
 
     def arm_next(self) -> None:
         upcoming = self.step + 1
-        wanted = self._due is not None and upcoming >= self._due
+        wanted = self._due is not None and upcoming >= self._due and self._within_share(upcoming)
         wanted = wanted or (self._every is not None and self.step % self._every == 0)
         self.capture.arm(self.step == 0 or (wanted and self._clock.affordable))
+
+    def _within_share(self, step: int) -> bool:
+        return self._repeated or self._spent <= self._share * step + _ADVANCE
 
     def log_metrics(self, values: dict[str, float]) -> None:
         """Write metrics of the user's own at the present step."""
@@ -375,6 +403,7 @@ class Session:
             "due": self._due,
             "batch_size": self._batch_size,
             "measured_at": self._measured_at,
+            "spent": self._spent,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -389,12 +418,14 @@ class Session:
         self._due = state["due"]
         self._batch_size = state["batch_size"]
         self._measured_at = state["measured_at"]
+        self._spent = state["spent"]
         self.arm_next()
 
     def _measure(
         self, calls: Sequence[LossCall], start: Vector | None, update: BaseUpdate
     ) -> tuple[CriticalLR | None, Vector | None]:
         cold = self._counter.measured_steps == 0
+        tol, max_matvecs = (_COLD_TOL, _COLD_MATVECS) if cold else self._accuracy
         try:
             if not self.engine:
                 self.engine, reason = choose_engine(
@@ -411,8 +442,8 @@ class Session:
                 outputs=self._outputs,
                 scale=update.scale,
                 engine=self.engine,
-                tol=_COLD_TOL if cold else _TOL,
-                max_matvecs=_COLD_MATVECS if cold else _MATVECS,
+                tol=tol,
+                max_matvecs=max_matvecs,
                 group=self._group,
             )
             if cold and not found.lambda_max > 0:
@@ -432,6 +463,8 @@ class Session:
             )
             self._events.append(("measurement_failed", {"reason": str(error)}))
             return None, None
+        if not cold:
+            self._spent += _MEASUREMENT + _PRODUCT * found.matvecs
         eta_crit = update.critical(found.lambda_max)
         return CriticalLR(**{**vars(found), "eta_crit": eta_crit}), vector
 

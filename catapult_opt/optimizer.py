@@ -196,6 +196,7 @@ class CatapultSGD(Optimizer):
             grad_scaler=grad_scaler,
             copies=2,  # warm start and snapshot
             process_group=process_group,
+            share=policy.measure_share,
         )
         self.detach()
         self._session, self._machine, self._written = session, Catapulter(policy), None
@@ -229,7 +230,7 @@ class CatapultSGD(Optimizer):
 
     @property
     def phase(self) -> str | None:
-        """What the policy is doing: "arm", "hot", "cool", "settle" ("start" before the first step)."""
+        """What the policy is doing: "arm", "hot", "cool", "settle", or "follow" ("start" before the first step)."""
         return None if self._machine is None else self._machine.phase
 
     def rate_part(self, p: Tensor) -> float:
@@ -330,8 +331,13 @@ class CatapultSGD(Optimizer):
             session.record(seen, update.rate * machine.rate, machine.phase)
             self._store()
             return Decision(machine.rate, machine.phase)
-        eta_crit = None if seen.critical is None else seen.critical.eta_crit
-        decision = machine.update(step=session.step, loss=seen.loss, eta_crit=eta_crit, smoothing=seen.smoothing)
+        decision = machine.update(
+            step=session.step,
+            loss=seen.loss,
+            eta_crit=seen.eta_crit,
+            smoothing=seen.smoothing,
+            squared_error=seen.squared_error,
+        )
         if seen.vector is not None:
             for p, v in zip(session.params, seen.vector, strict=True):
                 local(self.state[p][_VECTOR]).copy_(v)

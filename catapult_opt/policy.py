@@ -41,26 +41,34 @@ class CatapultPolicy:
     ceiling: float = 100.0  # or gone far enough once the loss is above this times the first one
     fatal: float = 1e6  # a loss above this times the first one (or not finite) is undone: restore the snapshot
     vectors: float = 0.01  # rate of biases and other parameters below two dimensions, relative to that of the others
-    cool: float = 0.8  # rate while cooling and settling: cool * eta_crit
+    cool: float = 0.8  # rate while cooling, settling and following: cool * eta_crit
     hot_steps: int = 10  # a catapult is held at the high rate at most this long
     arm_steps: int = 25  # an attempt without a spike is renewed after this long
     patience: int = 100  # a catapult not over after this long is given up, and the loss reached is the new start
-    measure_armed: int = 5  # steps between measurements while waiting for a spike (half of `smoothing`, if more),
-    measure_spiking: int = 2  # during one (a fifth of it),
-    measure_settled: int = 50  # and at most after the last
+    measure_cooling: int = 16  # steps between measurements, doubling from 1, at most: in a catapult being cooled
+    measure_settled: int = 50  # and after the last
+    measure_share: float = 0.05  # of the steps' time, for mini-batches: measurements beyond it wait
     settle: float = 0.7  # with total_steps known: no catapults after this fraction of them
     total_steps: int | None = None  # length of the training, if known
+    catapults: bool | None = (
+        None  # False: follow the edge from below; None: catapults where the loss is a squared error
+    )
+    begin: float = 0.1  # following starts at this part of the rate, growing with every measurement,
+    blow_up: float = 2.0  # and a loss above this times the first one is undone
     caution: float = 0.0  # act on the curvature this many standard deviations of its logarithm above the mean
-    smoothing: int | None = None  # steps to average loss and curvature over; None: 1 for a repeated batch, else 50
+    smoothing: int | None = None  # steps to average the loss over; None: 1 for a repeated batch, else 20
 
     def __post_init__(self) -> None:
-        for name in ("kappa", "growth", "spike", "drop", "ceiling", "fatal"):
+        for name in ("kappa", "growth", "spike", "drop", "ceiling", "fatal", "blow_up"):
             _check(name, getattr(self, name), above=1.0)
-        _check("vectors", self.vectors, above=0.0, at_most=1.0)
-        _check("cool", self.cool, above=0.0, at_most=1.0)
+        for name in ("vectors", "cool", "settle", "begin", "measure_share"):
+            _check(name, getattr(self, name), above=0.0, at_most=1.0)
         if not (isinstance(self.caution, (int, float)) and 0 <= self.caution < math.inf):
             raise ValueError(f"caution must be a finite number >= 0, got {self.caution!r}")
-        _check("settle", self.settle, above=0.0, at_most=1.0)
+        if self.catapults not in (None, True, False):
+            raise ValueError(
+                f"catapults must be True, False or None (where the loss is a squared error), got {self.catapults!r}"
+            )
         for name in (*_WHOLE, "total_steps", "smoothing"):
             value = getattr(self, name)
             if value is None and name in ("total_steps", "smoothing"):
@@ -68,7 +76,7 @@ class CatapultPolicy:
             check_whole_number(name, value)
 
 
-_WHOLE = ("hot_steps", "arm_steps", "patience", "measure_armed", "measure_spiking", "measure_settled")
+_WHOLE = ("hot_steps", "arm_steps", "patience", "measure_cooling", "measure_settled")
 
 
 def _check(name: str, value: float, *, above: float, at_most: float = math.inf) -> None:
@@ -82,7 +90,7 @@ class Decision:
     """What to do in this step."""
 
     rate: float  # of the update
-    phase: str  # "arm", "hot", "cool" or "settle"
+    phase: str  # "arm", "hot", "cool", "settle" or "follow"
     take_snapshot: bool = False  # of the weights before this update
     restore: bool = False  # put the snapshot back instead of updating
     brake: bool = False  # set the momentum to zero before updating: it would carry the spike on
@@ -96,12 +104,14 @@ class _State:
 
     phase: str = "start"
     rate: float = 0.0  # held between measurements
-    attempt: float = math.inf  # rate of the last attempt,
-    armed: float = 0.0  # and eta_crit at its start
+    attempt: float = math.inf  # rate of the last attempt; following: the most that growth has come to
+    armed: float = 0.0  # eta_crit at its start; following: the lowest so far
     kappa: float = 0.0
     low: float = math.inf  # the loss to come back to
     first: float = 0.0  # loss of the first step
-    interval: int = 1  # between measurements, once settled
+    before: float = 0.0  # loss of the last step
+    interval: int = 1  # between measurements
+    smoothing: int = 0  # of the last step
     entered: int = 0  # step at which the phase was entered
     spiked: int = 0  # step at which the loss left `low`
     undone: int = 0  # step of the last restore
@@ -114,6 +124,10 @@ class _State:
 
 class Catapulter:
     """The state machine: arm above the edge, hold while the loss rises, cool until it is back, and again.
+
+    Where the loss is no squared error, its curvature says little about what a spike would do (under cross-entropy it
+    vanishes with the fit, and an untrained network's is ten times lower than the same network's some steps on): the
+    machine then follows the edge of the sharpest batch so far from below, and there are no catapults.
 
     Example:
         >>> machine = Catapulter(CatapultPolicy())
@@ -137,7 +151,7 @@ class Catapulter:
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the log curvature over about the last `smoothing` measurements."""
+        """Standard deviation of the log curvature over the last few measurements (a fifth of `smoothing`)."""
         return math.sqrt(self._state.var_log_curvature)
 
     @property
@@ -151,7 +165,15 @@ class Catapulter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._state = _State(**state)
 
-    def update(self, *, step: int, loss: float, eta_crit: float | None = None, smoothing: int = 1) -> Decision:
+    def update(
+        self,
+        *,
+        step: int,
+        loss: float,
+        eta_crit: float | None = None,
+        smoothing: int = 1,
+        squared_error: bool = True,
+    ) -> Decision:
         """Decide on the rate of this step.
 
         Args:
@@ -160,27 +182,36 @@ class Catapulter:
             eta_crit: critical rate of the base update for the same batch and weights, inf for no curvature; None on a
                 step that was not measured. The first step must be.
             smoothing: steps to average over, where the policy leaves it open.
+            squared_error: is the loss one? Asked on the first step only.
         """
         s, p = self._state, self.policy
+        if s.phase == "start" and not s.rate and not (squared_error if p.catapults is None else p.catapults):
+            s.phase = "follow"
         s.first = s.first or loss
-        if s.rate and not -math.inf < loss <= p.fatal * abs(s.first):
+        if s.rate and not -math.inf < loss <= above(s.first, p.blow_up if s.phase == "follow" else p.fatal):
             return self._undo(step, loss)
         h = p.smoothing or smoothing
+        if h == 1 < s.smoothing and s.phase == "arm":  # the batch repeats: no noise to beware of
+            s.phase, s.attempt = "start", math.inf
+        s.smoothing = h
         too_high = loss > p.ceiling * abs(s.first)  # this very loss: a mean over many steps would see it too late
-        loss, measured = self._averaged(loss, eta_crit, h), eta_crit is not None
-        if self._lost(step, loss, h):
+        newest, measured = loss, eta_crit is not None
+        loss = self._averaged(loss, eta_crit, h)
+        if s.phase != "follow" and self._lost(step, loss, h):
             return self._undo(step, loss)
         eta_crit = self.eta_crit
+        if s.phase == "follow":
+            return self._follow(newest, eta_crit, measured)
         over = p.total_steps is not None and step > p.settle * p.total_steps
         if s.phase == "arm":
             s.low = min(s.low, loss)
             if loss > above(s.low, p.spike):
                 self._enter("hot", step)
                 s.spiked = step
-        if s.phase == "hot":
-            paid = measured and loss > above(s.low, p.spike) and eta_crit > p.drop * s.armed
-            if too_high or paid or over or step - s.entered >= max(p.hot_steps, h // 2):
-                self._enter("cool", step)
+        if s.phase == "hot" and (too_high or over or self._paid(step, loss, eta_crit, measured, h)):
+            self._enter("cool", step)
+        if s.phase == "cool" and measured and self._failed(step, loss, eta_crit):
+            return self._undo(step, loss)
         events = self._recovery(step, loss, eta_crit, measured, h) if s.phase in ("hot", "cool") else []
         due = s.phase == "start" or (s.phase == "arm" and step - s.entered >= max(p.arm_steps, h))
         fresh = measured and due and not (over and s.rate)  # the very first step always is: there is a snapshot then
@@ -190,33 +221,50 @@ class Catapulter:
             self._enter("settle", step)
             s.low = loss
         s.rate = self._rate(eta_crit)
+        measure_in, s.before = self._next(step, loss, measured, h), loss
         return Decision(
             s.rate,
             s.phase,
             take_snapshot=fresh,
             brake=s.phase == "cool" and s.entered == step,
             events=tuple(events),
-            measure_in=self._next(step, loss, measured, h),
+            measure_in=measure_in,
         )
 
-    def _next(self, step: int, loss: float, measured: bool, h: int) -> int:
-        """Steps until the next measurement is wanted: at once where a decision waits for it, else now and then."""
-        s, p = self._state, self.policy
-        if s.phase == "settle":
-            return self._next_settled(step, loss, measured, h)
-        waiting = s.phase == "start" or (s.phase == "hot" and (loss <= s.low or loss > s.first))
-        if waiting or (s.phase == "cool" and s.entered == step):
-            return 1
-        return max(p.measure_armed, h // 2) if s.phase == "arm" else max(p.measure_spiking, h // 5)
+    def _paid(self, step: int, loss: float, eta_crit: float, measured: bool, h: int) -> bool:
+        """Has the curvature come down within the spike? Measured, or, for a repeated batch, seen from its peak.
 
-    def _next_settled(self, step: int, loss: float, measured: bool, h: int) -> int:
-        """1, 2, 4, ... steps on: right after a catapult eta_crit still falls, and a stale one would raise the loss."""
+        Along the top eigenvector the loss grows by (rate * lambda - 1)^2 a step: it peaks where eta_crit reaches the
+        rate.
+        """
         s, p = self._state, self.policy
-        if s.entered == step or loss > above(s.low, p.spike):
+        peaked = h == 1 and loss < s.before
+        down = (measured and eta_crit > p.drop * s.armed) or peaked
+        return (down and loss > above(s.low, p.spike)) or step - s.entered >= max(p.hot_steps, h)
+
+    def _failed(self, step: int, loss: float, eta_crit: float) -> bool:
+        """A spike that leaves the curvature higher than it came is no catapult: the way back would be long."""
+        s, p = self._state, self.policy
+        return step - s.entered >= p.hot_steps and eta_crit * p.drop < s.armed and loss > above(s.low, p.spike)
+
+    def _next(self, step: int, loss: float, measured: bool, h: int) -> int:
+        """Steps until the next measurement is wanted: where a decision waits for it, and 1, 2, 4, ... steps after."""
+        s, p = self._state, self.policy
+        if s.phase == "start" or (s.phase != "arm" and s.entered == step):
+            s.interval = 1
+            return 1
+        if s.phase == "arm":
+            return max(p.arm_steps, h)
+        if s.phase == "hot":
+            return max(p.hot_steps, h)
+        rising = loss > (above(s.low, p.spike) if s.phase == "settle" else s.before) and h == 1
+        if rising:
             s.interval = 1
         elif measured:
-            s.interval = min(2 * s.interval, max(p.measure_settled, h))
-        s.low = min(s.low, loss)
+            # Right after a catapult eta_crit still falls, and a stale one would raise the loss.
+            s.interval = min(2 * s.interval, max(p.measure_settled if s.phase == "settle" else p.measure_cooling, h))
+        if s.phase == "settle":
+            s.low = min(s.low, loss)
         return s.interval
 
     def _averaged(self, loss: float, eta_crit: float | None, h: int) -> float:
@@ -227,7 +275,7 @@ class Catapulter:
         s.mean_loss += weight * (loss - s.mean_loss)
         if eta_crit is not None:
             s.measured += 1
-            weight = 1.0 / min(s.measured, h)
+            weight = 1.0 / min(s.measured, max(1, h // 5))  # they are rarer, and differ less
             off = -math.log(min(max(eta_crit, 1 / _LARGEST_RATE), _LARGEST_RATE)) - s.mean_log_curvature
             s.mean_log_curvature += weight * off
             s.var_log_curvature = (1 - weight) * (s.var_log_curvature + weight * off**2)
@@ -240,6 +288,8 @@ class Catapulter:
     def _arm(self, step: int, loss: float, eta_crit: float) -> None:
         s, p = self._state, self.policy
         s.kappa = s.kappa or p.kappa
+        if s.phase == "arm":  # no spike came of it: what a failure has taken off comes back
+            s.kappa = min(p.kappa, 1 + 2 * (s.kappa - 1))
         s.armed, target = eta_crit, s.kappa * eta_crit
         s.rate = s.attempt = min(target, p.growth * s.attempt)
         s.phase, s.entered, s.low = "arm", step, loss
@@ -261,6 +311,19 @@ class Catapulter:
             return min(s.attempt, p.cool * eta_crit)
         return min(s.rate, s.kappa * eta_crit)
 
+    def _follow(self, loss: float, eta_crit: float, measured: bool) -> Decision:
+        """Below the edge of the sharpest batch so far, from a gentle start on."""
+        s, p = self._state, self.policy
+        calm = loss <= above(s.first, p.spike)
+        if not s.rate:
+            s.armed, s.attempt = eta_crit, p.begin * p.cool * eta_crit
+        elif measured:
+            s.attempt = min(p.growth * s.attempt, _LARGEST_RATE)
+            s.interval = min(2 * s.interval, p.measure_settled)
+            s.armed = min(s.armed, eta_crit) if calm else s.armed
+        s.rate = min(s.attempt, p.cool * s.armed)
+        return Decision(s.rate, s.phase, take_snapshot=measured and calm, measure_in=s.interval if calm else 1)
+
     def _lost(self, step: int, loss: float, h: int) -> bool:
         """Above the first loss, and no time left to come back: out of patience, or the training about to end."""
         s, p = self._state, self.policy
@@ -276,10 +339,11 @@ class Catapulter:
             s.first = loss if math.isfinite(loss) else s.first
         else:
             s.kappa = 1 + (s.kappa - 1) / 2
-            s.attempt = max(s.attempt / 4, _LEAST * s.armed)
-        s.rate, s.undone = s.attempt, step
-        s.phase, s.entered, s.low = "arm", step, math.inf
+            s.attempt = max(min(s.attempt, s.rate) / 4, _LEAST * s.armed)
+        s.rate, s.undone, s.interval = s.attempt, step, 1
         # The averages start again from the snapshot's.
         s.updates, s.measured, s.mean_log_curvature = 0, 0, -math.log(s.armed)
-        s.rate = self._rate(self.eta_crit)
+        if s.phase != "follow":
+            s.phase, s.entered, s.low = "arm", step, math.inf
+            s.rate = self._rate(self.eta_crit)
         return Decision(s.rate, s.phase, restore=True, events=(("restore", {"loss": loss, "kappa": s.kappa}),))

@@ -95,6 +95,7 @@ class CatapultLR(Beside):
             grad_scaler=grad_scaler,
             copies=2,
             process_group=process_group,
+            share=policy.measure_share,
         )
         self._optimizer, self._machine = optimizer, Catapulter(policy)
         self._vector: Vector | None = None
@@ -109,7 +110,7 @@ class CatapultLR(Beside):
 
     @property
     def phase(self) -> str:
-        """What the policy is doing: "arm", "hot", "cool", "settle" ("start" before the first step)."""
+        """What the policy is doing: "arm", "hot", "cool", "settle", or "follow" ("start" before the first step)."""
         return self._machine.phase
 
     def detach(self) -> None:
@@ -179,8 +180,13 @@ class CatapultLR(Beside):
         if seen.loss is None:
             decision = Decision(machine.rate, machine.phase)
         else:
-            eta_crit = None if seen.critical is None else seen.critical.eta_crit
-            decision = machine.update(step=session.step, loss=seen.loss, eta_crit=eta_crit, smoothing=seen.smoothing)
+            decision = machine.update(
+                step=session.step,
+                loss=seen.loss,
+                eta_crit=seen.eta_crit,
+                smoothing=seen.smoothing,
+                squared_error=seen.squared_error,
+            )
         self._vector = seen.vector or self._vector
         if decision.take_snapshot:
             self._snapshot = [p.detach().clone() for p in session.params]

@@ -191,7 +191,10 @@ def test_state_round_trip_continues_alike(rows: list[tuple[float, float | None]]
         ("arm_steps", 2.5),
         ("total_steps", -3),
         ("smoothing", True),
-        ("measure_armed", 0),
+        ("measure_cooling", 0),
+        ("begin", 0.0),
+        ("measure_share", 1.5),
+        ("catapults", "yes"),
     ],
 )
 def test_refuses_settings_that_mean_nothing(name: str, value: object) -> None:
