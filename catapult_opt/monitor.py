@@ -348,7 +348,7 @@ class Session:
             due = self.step + measure_in
             # A measurement already planned earlier stays: the intervals of a new phase do not push it out.
             self._due = due if found is not None else min(self._due or due, due)
-            if self.step == 1:
+            if self.step == 1 and self._every is None:
                 self._due = 2  # is it the same batch again?
         self.arm_next()
 

@@ -104,7 +104,7 @@ def test_forwards_are_one_a_product(kind: str, every: int) -> None:
 
 
 # A policy that asks for no measurement of its own within these tests, far below the edge.
-NEVER = {"measure_armed": 10**6, "measure_spiking": 10**6, "measure_settled": 10**6, "arm_steps": 10**6}
+NEVER = {"measure_cooling": 10**6, "measure_settled": 10**6, "arm_steps": 10**6}
 QUIET: dict[str, Any] = {"policy": CatapultPolicy(spike=1e5, **NEVER), "lr": 0.1}
 
 

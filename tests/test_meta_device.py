@@ -216,7 +216,7 @@ def test_losses_that_wait_are_logged_when_a_run_just_ends(world: World, tmp_path
 
 def test_optimizer_reads_one_loss_a_step_until_it_settles(world: World) -> None:
     """A catapult may be under way at any time until then."""
-    loop = Loop(sgd(policy=CatapultPolicy(total_steps=20, settle=0.5, measure_settled=4, measure_armed=100)))
+    loop = Loop(sgd(policy=CatapultPolicy(total_steps=20, settle=0.5, measure_settled=4, arm_steps=100)))
     loop.run(20, world)
     assert world.reads[:10] == [1] * 10
     assert world.reads[10:] == [1, 1, 2, 4], "measured 1, 2, 4 steps on"
