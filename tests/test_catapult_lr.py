@@ -67,7 +67,12 @@ def test_first_rate_of_adam_is_kappa_times_its_own_critical_rate() -> None:
     lam = float(torch.linalg.svdvals(torch.cat(columns, 1))[0] ** 2) * 2 / 12
     optimizer.step()
     assert controller.last.lambda_max == pytest.approx(lam, rel=5e-3)
-    assert optimizer.param_groups[0]["effective_lr"] == pytest.approx(2 * 38 / lam, rel=5e-3)
+    # The batch may be a mini-batch, where momentum helps no more; the second time it is known not to be.
+    assert optimizer.param_groups[0]["effective_lr"] == pytest.approx(2 * 2 / lam, rel=5e-3)
+    optimizer.zero_grad()
+    criterion(model(x), y).backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["effective_lr"] == pytest.approx(2 * 38 / controller.last.lambda_max)
     assert optimizer.param_groups[0]["lr"] == 1e-3
 
 
@@ -147,12 +152,13 @@ def test_a_nan_loss_is_undone_and_leaves_the_averages_of_adam() -> None:
     model, criterion, x, y = make()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     controller = CatapultLR(optimizer, model=model, criterion=criterion)
-    start = weights(model)
-    for _ in range(3):
+    step(model, criterion, x, y, optimizer)
+    start = weights(model)  # from here on it is known that the batch repeats
+    for _ in range(2):
         step(model, criterion, x, y, optimizer)
     squares = [s["exp_avg_sq"].clone() for s in optimizer.state.values()]
     step(model, criterion, x, y * float("nan"), optimizer)
-    assert torch.equal(weights(model), start)  # the snapshot is of the first attempt
+    assert torch.equal(weights(model), start)  # the snapshot is of the last attempt
     assert all(torch.equal(s["exp_avg_sq"], q) for s, q in zip(optimizer.state.values(), squares, strict=True))
     assert not any(s["exp_avg"].any() for s in optimizer.state.values())
     assert all(p.grad is not None for p in model.parameters())

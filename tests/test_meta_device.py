@@ -65,7 +65,7 @@ class World:
     def measure(self, model: nn.Module, criterion: Any, params: list[Tensor], calls: Any, **_: Any) -> Any:
         self.measured += 1
         assert all(call.forwards for call in calls), "a measured step has what a measurement needs"
-        return CriticalLR(0.5, 4.0, None, 0.0, 1, True), [torch.zeros_like(p) for p in params]
+        return CriticalLR(0.5, 4.0, None, 0.0, 1, True, squared_error=True), [torch.zeros_like(p) for p in params]
 
     def read(self, tensors: list[Tensor]) -> list[float]:
         """The losses 1, 1/2, 1/3, ... in the order they are read."""

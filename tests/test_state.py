@@ -39,7 +39,7 @@ UNDOING = CatapultPolicy(total_steps=STEPS, arm_steps=5, hot_steps=3, patience=1
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "full-batch": {"policy": POLICY},
     "restoring": {"policy": UNDOING},
-    "momentum": {"policy": UNDOING, "momentum": 0.9, "weight_decay": 1e-3},
+    "momentum": {"policy": replace(UNDOING, settle=0.5), "momentum": 0.9, "weight_decay": 1e-3},
     "every-3": {"policy": POLICY, "every": 3},
     "mini-batch": {"policy": POLICY, "batches": 4, "momentum": 0.5, "nesterov": True},
     "two-groups": {"policy": POLICY, "groups": True},
