@@ -66,7 +66,7 @@ class Effort:
     products: int = 15  # curvature products timed
     estimates: int = 5  # batches on which lambda_max is estimated by everybody
     gap: int = 10  # SGD steps between them
-    chunks: int = 30  # of training, for each side
+    chunks: int = 60  # of training, for each side
     chunk: int = 10  # steps
     truths: int = 8  # measurements of the training that are compared with float64 Lanczos
 

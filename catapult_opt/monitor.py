@@ -41,7 +41,7 @@ _MINI_BATCH_SMOOTHING = 20
 # not timed, so that the same run measures on the same steps everywhere.
 _PRODUCT, _MEASUREMENT = 1.3, 1.0
 # So many steps' worth of measuring may be spent ahead of time: a training's first steps change the curvature most.
-_ADVANCE = 10.0
+_ADVANCE = 5.0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ same losses and rates always give the same decisions.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +46,7 @@ class CatapultPolicy:
     patience: int = 100  # a catapult not over after this long is given up, and the loss reached is the new start
     measure_cooling: int = 16  # steps between measurements, doubling from 1, at most: in a catapult being cooled
     measure_settled: int = 50  # and after the last
-    measure_share: float = 0.05  # of the steps' time, for mini-batches: measurements beyond it wait
+    measure_share: float = 0.03  # of the steps' time, for mini-batches: measurements beyond it wait
     settle: float = 0.7  # with total_steps known: no catapults after this fraction of them
     total_steps: int | None = None  # length of the training, if known
     catapults: bool | None = (
@@ -160,7 +159,7 @@ class Catapulter:
         return self._state.rate
 
     def state_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self._state)
+        return dict(vars(self._state))  # numbers only: nothing to copy deeply
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._state = _State(**state)
