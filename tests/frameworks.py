@@ -89,14 +89,14 @@ def compiled(net: nn.Module, feature: Feature) -> Any:
     return torch.compile(net, backend="eager") if feature.compile else net
 
 
-def plain(kind: str, feature: Feature) -> Seen:
+def plain(kind: str, feature: Feature, batch: int = BATCH) -> Seen:
     """The loop by hand."""
     net, criterion, seen = network(), nn.MSELoss(), Seen()
     model = compiled(net, feature)
     optimizer, watch = optimizer_for(kind, model, net, criterion, feature)
     schedule = schedule_for(optimizer) if feature.schedule else None
     for _ in range(feature.epochs):
-        for i, (x, y) in enumerate(loader()):
+        for i, (x, y) in enumerate(loader(batch)):
             with torch.autocast("cpu", torch.bfloat16) if feature.amp else nullcontext():
                 loss = criterion(model(x), y)
             (loss / feature.accumulate).backward()

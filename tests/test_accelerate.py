@@ -6,6 +6,7 @@ Also with the controller's own checkpoint (`register_for_checkpointing`).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def _fresh() -> None:
 
 
 class Run:
-    def __init__(self, kind: str, feature: Feature) -> None:
+    def __init__(self, kind: str, feature: Feature, process_group: Any = None) -> None:
         self.feature, self.seen = feature, Seen()
         self.accelerator = accelerate.Accelerator(
             cpu=True,
@@ -44,7 +45,9 @@ class Run:
         )
         self.net, self.criterion = network(), nn.MSELoss()
         self.model = compiled(self.net, feature)
-        optimizer, self.watch = optimizer_for(kind, self.model, self.net, self.criterion, feature)
+        optimizer, self.watch = optimizer_for(
+            kind, self.model, self.net, self.criterion, feature, process_group=process_group
+        )
         schedule = schedule_for(optimizer) if feature.schedule else None
         prepared = self.accelerator.prepare(self.model, optimizer, loader(), schedule)
         self.model, self.optimizer, self.batches, self.schedule = prepared

@@ -64,14 +64,14 @@ def gpt2(dropout: float = 0.0) -> Any:
     return transformers.GPT2LMHeadModel(config)
 
 
-def optimizer_for(kind: str, model: nn.Module, feature: Feature) -> tuple[Any, Any]:
+def optimizer_for(kind: str, model: nn.Module, feature: Feature, **more: Any) -> tuple[Any, Any]:
     groups: Any = [p for p in model.parameters() if p.requires_grad]
     if feature.groups:
         groups = [
             {"params": [p for p in groups if p.ndim == 2]},
             {"params": [p for p in groups if p.ndim < 2], "lr": 0.5},
         ]
-    connection: dict[str, Any] = {"model": model, "criterion": None, "every": 1}
+    connection: dict[str, Any] = {"model": model, "criterion": None, "every": 1, **more}
     if kind == "CatapultSGD":
         optimizer: Any = CatapultSGD(groups, **connection)
         return optimizer, optimizer
@@ -79,7 +79,7 @@ def optimizer_for(kind: str, model: nn.Module, feature: Feature) -> tuple[Any, A
     return optimizer, CatapultLR(optimizer, **connection)
 
 
-def plain(kind: str, feature: Feature) -> Seen:
+def plain(kind: str, feature: Feature, size: int = BATCH) -> Seen:
     """What the Trainer does, by hand: the losses of a step are summed over its words and divided by their number."""
     model, words, seen = gpt2(), Words().words, Seen()
     optimizer, watch = optimizer_for(kind, model, feature)
@@ -87,8 +87,8 @@ def plain(kind: str, feature: Feature) -> Seen:
     called = torch.compile(model, backend="eager") if feature.compile else model
     model.train()
     for _ in range(feature.epochs):
-        for step in words.split(BATCH * feature.accumulate):
-            for batch in step.split(BATCH):
+        for step in words.split(size * feature.accumulate):
+            for batch in step.split(size):
                 count = torch.tensor(step.numel())
                 with torch.autocast("cpu", torch.bfloat16) if feature.amp else nullcontext():
                     called(input_ids=batch, labels=batch, num_items_in_batch=count).loss.backward()
@@ -110,9 +110,9 @@ class Look(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
         self.seen.step(self.optimizer, self.watch)
 
 
-def trainer(kind: str, feature: Feature, out: Path, **settings: Any) -> tuple[Any, Look]:
+def trainer(kind: str, feature: Feature, out: Path, process_group: Any = None, **settings: Any) -> tuple[Any, Look]:
     model = gpt2()
-    optimizer, watch = optimizer_for(kind, model, feature)
+    optimizer, watch = optimizer_for(kind, model, feature, process_group=process_group)
     schedule = schedule_for(optimizer) if feature.schedule else torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     arguments = transformers.TrainingArguments(
         output_dir=str(out),

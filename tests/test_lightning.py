@@ -33,8 +33,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Automatic(L.LightningModule):  # type: ignore[name-defined, misc]
-    def __init__(self, kind: str, feature: Feature) -> None:
+    def __init__(self, kind: str, feature: Feature, process_group: Any = None) -> None:
         super().__init__()
+        self.process_group = process_group
         self.net, self.criterion = network(), nn.MSELoss()
         self.called = [compiled(self.net, feature)]  # in a list: no second submodule
         self.kind, self.feature, self.seen = kind, feature, Seen()
@@ -45,7 +46,9 @@ class Automatic(L.LightningModule):  # type: ignore[name-defined, misc]
         return self.criterion(self.called[0](x), y)
 
     def configure_optimizers(self) -> Any:
-        optimizer, self.watch = optimizer_for(self.kind, self.called[0], self.net, self.criterion, self.feature)
+        optimizer, self.watch = optimizer_for(
+            self.kind, self.called[0], self.net, self.criterion, self.feature, process_group=self.process_group
+        )
         if not self.feature.schedule:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule_for(optimizer), "interval": "step"}}
@@ -56,8 +59,8 @@ class Automatic(L.LightningModule):  # type: ignore[name-defined, misc]
 
 
 class Manual(Automatic):
-    def __init__(self, kind: str, feature: Feature) -> None:
-        super().__init__(kind, feature)
+    def __init__(self, kind: str, feature: Feature, process_group: Any = None) -> None:
+        super().__init__(kind, feature, process_group)
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, i: int) -> None:
@@ -78,7 +81,7 @@ def trainer(feature: Feature, manual: bool = False, **settings: Any) -> Any:
     automatic = {"accumulate_grad_batches": feature.accumulate, "gradient_clip_val": feature.clip}
     return L.Trainer(
         accelerator="cpu",
-        devices=1,
+        devices=settings.pop("devices", 1),
         max_epochs=settings.pop("max_epochs", feature.epochs),
         precision="bf16-mixed" if feature.amp else "32-true",
         logger=settings.pop("logger", False),
