@@ -1,4 +1,4 @@
-"""Promise: where a framework trains data-parallel, all ranks measure the whole batch and decide alike.
+"""Promise: where a framework trains data-parallel (DDP, FSDP2), all ranks measure the whole batch and decide alike.
 
 Oracle: the plain loop in one process on batches twice the size. One spawn of two processes runs all frameworks.
 """
@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from frameworks import BATCH, Feature, Seen, loader, plain
 from ranks import run
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 for name in ("lightning", "accelerate", "transformers"):
@@ -29,6 +31,7 @@ def as_torchrun(rank: int, folder: str) -> dict[str, Seen]:
     import test_accelerate
     import test_hf_trainer
     import test_lightning
+    from lightning.pytorch.strategies import ModelParallelStrategy
 
     world = dist.group.WORLD
     found = {}
@@ -39,11 +42,26 @@ def as_torchrun(rank: int, folder: str) -> dict[str, Seen]:
         module: Any = make("CatapultSGD", Feature(), world)
         data: Any = loader().dataset  # with a sampler of its own, as Lightning's shuffles
         parts = DataLoader(data, batch_size=BATCH, sampler=DistributedSampler(data, shuffle=False))
-        settings = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+        settings: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
         test_lightning.trainer(Feature(), manual, **settings).fit(module, parts)
         found[name] = module.seen.end(module.net)
-    ours = test_accelerate.Run("CatapultSGD", Feature(), world).epoch()
-    found["accelerate"] = ours.seen.end(ours.net)
+    for name, kind, manual in (
+        ("fsdp2", test_lightning.Automatic, False),
+        ("fsdp2 manual", test_lightning.Manual, True),
+    ):
+
+        class Sharded(kind):  # type: ignore[valid-type, misc]
+            def configure_model(self) -> None:
+                if not isinstance(self.net[0].weight, DTensor):
+                    fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+        module = Sharded("CatapultSGD", Feature())
+        settings["strategy"] = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        test_lightning.trainer(Feature(), manual, **settings).fit(module, parts)
+        found[name] = module.seen
+        found[name].weights = [p.full_tensor() for p in module.net.parameters()]
+    accelerated = test_accelerate.Run("CatapultSGD", Feature(), world).epoch()
+    found["accelerate"] = accelerated.seen.end(accelerated.net)
     made, look = test_hf_trainer.trainer("CatapultSGD", Feature(), Path(folder), process_group=world)
     made.train()
     found["hf_trainer"] = look.seen.end(made.model)
@@ -65,6 +83,11 @@ def check(ranks: list[dict[str, Seen]], name: str, oracle: Seen) -> None:
 
 @pytest.mark.parametrize("name", ["lightning", "manual", "accelerate"])
 def test_ddp(ranks: list[dict[str, Seen]], name: str) -> None:
+    check(ranks, name, plain("CatapultSGD", Feature(), 2 * BATCH))
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2 manual"])
+def test_lightning_fsdp2(ranks: list[dict[str, Seen]], name: str) -> None:
     check(ranks, name, plain("CatapultSGD", Feature(), 2 * BATCH))
 
 
