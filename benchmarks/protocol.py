@@ -138,7 +138,8 @@ def train(run: Run, folder: Path | None) -> Record:
     trajectory, rates, order = Trajectory(problem), Rates(), hashlib.sha256()
     every, bad, seconds, step = max(1, run.task.steps // _EVALUATIONS), 0, 0.0, 0
     for step, rows in zip(range(1, run.task.steps + 1), problem.batches(run.seed), strict=False):
-        order.update(rows.numpy().tobytes())
+        if step <= _GIVEN_UP:  # no run is shorter
+            order.update(rows.numpy().tobytes())
         x, y = problem.train.inputs[rows], problem.train.targets[rows]
         begun = time.process_time()
         driver.optimizer.zero_grad()
@@ -176,7 +177,7 @@ def train(run: Run, folder: Path | None) -> Record:
         "catapults": getattr(observer, "catapults", None),
         "super_critical": getattr(observer, "super_critical_steps", None),
         "weights": weights,
-        "order": order.hexdigest()[:16] if not failed else None,
+        "order": order.hexdigest()[:16],
         "evaluations": trajectory.evaluations,
     }
 
