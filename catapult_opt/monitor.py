@@ -190,6 +190,7 @@ class Session:
         self.step_size = StepSize()
         self.engine = "" if engine == "auto" else engine  # decided on the first measured step
         self._events: list[Event] = []  # of the present step
+        self._told: set[str] = set()  # why measurements failed
         self._every = every
         self._clock = Clock(overhead, self._group)
         self._accuracy = _COUNTING if share is None else _ACTING
@@ -456,11 +457,10 @@ class Session:
             if self._counter.measured_steps == 0:
                 self.step -= 1
                 raise
-            warnings.warn(
-                f"step {self.step} could not be measured, the last critical rate is kept: {error}",
-                MeasurementWarning,
-                stacklevel=4,
-            )
+            if str(error) not in self._told:  # the others of this kind are counted in the log
+                self._told.add(str(error))
+                message = f"step {self.step} could not be measured, the last critical rate is kept: {error}"
+                warnings.warn(message, MeasurementWarning, stacklevel=4)
             self._events.append(("measurement_failed", {"reason": str(error)}))
             return None, None
         if not cold:

@@ -326,10 +326,10 @@ class Catapulter:
     def _lost(self, step: int, loss: float, h: int) -> bool:
         """Above the first loss, and no time left to come back: out of patience, or the training about to end."""
         s, p = self._state, self.policy
-        if s.updates < min(h, 10) or not loss > above(s.first, 1.0 if h == 1 else p.spike):
-            return False
         ending = p.total_steps is not None and step > (1 + p.settle) / 2 * p.total_steps
-        return ending or (s.phase in ("hot", "cool") and step - s.spiked >= max(p.patience, 4 * h))
+        over_time = s.phase in ("hot", "cool") and step - s.spiked >= max(p.patience, 4 * h)
+        sure = s.updates >= min(h, 10 if loss < above(s.first, 2.0) else 3)  # of the mean over mini-batches
+        return (ending or over_time) and sure and loss > s.first
 
     def _undo(self, step: int, loss: float) -> Decision:
         """Beyond recovery: put the snapshot back and try again, more gently."""
