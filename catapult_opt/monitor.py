@@ -376,6 +376,12 @@ class Session:
         elif self._writer is not None:
             self._early.append((self.step, numbers))
 
+    def aligned(self, kept: dict[Tensor, Tensor]) -> Vector | None:
+        """A warm start kept by parameter, for the present ones, of which some may be new; on a measured step."""
+        if not kept or not self.capture.armed:
+            return None
+        return [kept[p] if p in kept else torch.zeros_like(local(p)) for p in self.params]
+
     def buffers(self) -> dict[str, Tensor]:
         """The model's buffers that forward passes change, such as BatchNorm's running statistics."""
         return {name: b for name, b in self.model.named_buffers() if name in self._moving}
@@ -665,7 +671,7 @@ class CatapultMonitor(Beside):
             copies=1,
             process_group=process_group,
         )
-        self._vector: Vector | None = None
+        self._vector: dict[Tensor, Tensor] = {}
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
     def detach(self) -> None:
@@ -683,9 +689,9 @@ class CatapultMonitor(Beside):
             )
         part = getattr(optimizer, "rate_part", None)  # of CatapultSGD
         update = next_update(optimizer, scale=self._session.capture.armed, part=part)
-        seen = self._session.observe(self._vector, update)
+        seen = self._session.observe(self._session.aligned(self._vector), update)
         if seen.vector is not None:
-            self._vector = seen.vector
+            self._vector = dict(zip(self._session.params, seen.vector, strict=True))
         self._session.record(seen, update.rate)
 
 

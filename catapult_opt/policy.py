@@ -212,7 +212,9 @@ class Catapulter:
         if s.phase == "cool" and measured and self._failed(step, loss, eta_crit):
             return self._undo(step, loss)
         events = self._recovery(step, loss, eta_crit, measured, h) if s.phase in ("hot", "cool") else []
-        due = s.phase == "start" or (s.phase == "arm" and step - s.entered >= max(p.arm_steps, h))
+        # Momentum may only be passing through the old loss; a full batch tells whether this one is worth keeping.
+        back = h > 1 or loss <= s.first
+        due = (s.phase == "start" and back) or (s.phase == "arm" and step - s.entered >= max(p.arm_steps, h))
         fresh = measured and due and not (over and s.rate)  # the very first step always is: there is a snapshot then
         if fresh:
             self._arm(step, loss, eta_crit)

@@ -98,8 +98,8 @@ class CatapultLR(Beside):
             share=policy.measure_share,
         )
         self._optimizer, self._machine = optimizer, Catapulter(policy)
-        self._vector: Vector | None = None
-        self._snapshot: Vector | None = None
+        self._vector: dict[Tensor, Tensor] = {}  # warm start and snapshot by parameter: groups may be added
+        self._snapshot: dict[Tensor, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}  # BatchNorm statistics and the like, of the snapshot
         self._set_aside: list[tuple[Any, Any]] = []
         _complete_groups(optimizer)
@@ -130,7 +130,7 @@ class CatapultLR(Beside):
             "session": self._session.state_dict(),
             "machine": self._machine.state_dict(),
             "vector": self._sharded_vector(),
-            "snapshot": _copy(self._snapshot or self._session.params),
+            "snapshot": [self._snapshot.get(p, p).detach().clone() for p in self._session.params],
             "buffers": {name: b.clone() for name, b in self._buffers.items()},
         }
 
@@ -149,16 +149,16 @@ class CatapultLR(Beside):
                 )
         self._session.load_state_dict(state_dict["session"])
         self._machine.load_state_dict(state_dict["machine"])
-        vector = _copy(state_dict["vector"])
-        self._vector = None if vector is None else [local(x) for x in vector]
-        self._snapshot = _copy(state_dict["snapshot"])
+        self._vector = {p: local(x).clone() for p, x in zip(params, state_dict["vector"] or [], strict=False)}
+        self._snapshot = {p: x.clone() for p, x in zip(params, state_dict["snapshot"] or [], strict=False)}
         self._buffers = {name: b.clone() for name, b in state_dict["buffers"].items()}
 
     def _sharded_vector(self) -> Vector:
         """The warm start as parameters are, sharded with them; zeros before there is one."""
         whole = [torch.zeros_like(p, requires_grad=False) for p in self._session.params]
-        for x, part in zip(whole, self._vector or [], strict=self._vector is not None):
-            local(x).copy_(part)
+        for x, p in zip(whole, self._session.params, strict=True):
+            if p in self._vector:
+                local(x).copy_(self._vector[p])
         return whole
 
     def _before_step(
@@ -174,7 +174,7 @@ class CatapultLR(Beside):
             return
         _complete_groups(optimizer)  # some may be new, or loaded from a checkpoint without a controller
         update = next_update(optimizer, scale=session.capture.armed)
-        seen = session.observe(self._vector, update, need_loss=machine.phase != "settle")
+        seen = session.observe(session.aligned(self._vector), update, need_loss=machine.phase != "settle")
         unit = max(g[_BASE] for g in optimizer.param_groups)
         factor = update.rate / unit
         if seen.loss is None:
@@ -187,9 +187,10 @@ class CatapultLR(Beside):
                 smoothing=seen.smoothing,
                 squared_error=seen.squared_error,
             )
-        self._vector = seen.vector or self._vector
+        if seen.vector is not None:
+            self._vector = dict(zip(session.params, seen.vector, strict=True))
         if decision.take_snapshot:
-            self._snapshot = [p.detach().clone() for p in session.params]
+            self._snapshot = {p: p.detach().clone() for p in session.params}
             self._buffers = {name: b.clone() for name, b in session.buffers().items()}
         measure_in = None if seen.loss is None else decision.measure_in
         session.record(seen, factor * decision.rate, decision.phase, decision.events, measure_in)
@@ -210,8 +211,7 @@ class CatapultLR(Beside):
 
     def _restore(self, optimizer: Optimizer) -> None:
         """The snapshot back; without gradients the step then changes nothing."""
-        assert self._snapshot is not None
-        for p, kept in zip(self._session.params, self._snapshot, strict=True):
+        for p, kept in self._snapshot.items():
             p.copy_(kept)
         self._session.restore_buffers(self._buffers)
         for p in (p for g in optimizer.param_groups for p in g["params"] if p.grad is not None):
@@ -236,10 +236,6 @@ def _complete_groups(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         group.setdefault(_BASE, _base(group))
         group.setdefault("effective_lr", 0.0)
-
-
-def _copy(vector: Vector | None) -> Vector | None:
-    return None if vector is None else [x.detach().clone() for x in vector]
 
 
 def _stop(optimizer: Optimizer) -> None:
