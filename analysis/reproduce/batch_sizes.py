@@ -247,7 +247,7 @@ ARTEFACTS = (
         title="Batch size against test error, AGOP alignment and catapults, SVHN",
         source="Figure 4.9 (c) and Appendix C.6",
         scales=_image_scales(
-            _SVHN, n_train=300, n_eval=1000, image_size=8, width=32, reference_steps=150, max_steps=600
+            _SVHN, n_train=300, n_eval=1000, image_size=8, width=32, reference_steps=100, max_steps=500, seeds=1
         ),
         **_IMAGE_FIGURE,
     ),

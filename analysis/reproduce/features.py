@@ -423,7 +423,7 @@ _OPTIMIZER_SCALES: dict[str, Setting] = {
 def _image_optimizer_scales(name: str, full: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Setting]:
     keys = ("n", "n_eval", "image_size", "reference_steps", "network", "width", "depth")
     spec = {key: full[key] for key in keys}
-    small = {"steps": 200, "gd_steps": 100, "evaluate_every": 25, "seeds": 2}
+    small = {"steps": 150, "gd_steps": 80, "evaluate_every": 25, "seeds": 1}
     tiny = {**recorded, "n": 60, "n_eval": 40, "width": 16, "reference_steps": 20}
     return {
         "full": {**_OPTIMIZER_FULL, "tasks": {name: spec}},
