@@ -224,6 +224,7 @@ def raised(losses, features_, catapults_=1, task="rank-2"):
             "case": {"task": task, "increases": i, "seed": seed},
             "result": {
                 "test_loss": loss + seed / 1000, "val_loss": loss, "alignment": a, "catapults": catapults_ * n,
+                "train_loss": loss,
             },
         }
         for seed in (0, 1)
@@ -236,6 +237,8 @@ def test_raised_rates_can_hold_and_fail():
     for name in ("fig-4.8", "fig-c.13", "fig-c.16"):
         assert KNOWN[name].judge({}, better).outcome == "holds"
         assert KNOWN[name].judge({}, worse).outcome == "fails"
+    worse[-1]["result"]["train_loss"] = math.nan
+    assert "1 of 6 runs diverge" in KNOWN["fig-4.8"].judge({}, worse).why
     near = KNOWN["fig-c.14"].judge
     assert near({}, raised([0.9, 0.5, 0.2, 0.1], [0.5, 0.7, 0.9, 0.95])).outcome == "holds"
     assert near({}, raised([0.9, 0.5, 0.2, 0.3], [0.5, 0.7, 0.9, 0.95])).outcome == "fails"

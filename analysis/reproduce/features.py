@@ -135,6 +135,9 @@ def _judge_schedule(setting: Setting, records: list[Record]) -> Verdict:
         passed.append(ends and order[0] <= -0.7 and order[1] >= 0.7)
         if not passed[-1]:
             failures.append(f"{task}: runs with more catapults do not have a lower {label} and a better alignment.")
+        ends_of = [r["result"]["train_loss"] for r in _pick(records, task)]
+        if diverged := sum(not math.isfinite(end) for end in ends_of):
+            failures.append(f"{task}: {diverged} of {len(ends_of)} runs diverge.")
         texts.append(
             f"{task} (rank correlations with the number of catapults {order[0]:.2f} and {order[1]:.2f}): "
             + "; ".join(
