@@ -631,10 +631,10 @@ class CatapultMonitor(Beside):
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> criterion = torch.nn.MSELoss()
         >>> monitor = CatapultMonitor(optimizer, model=model, criterion=criterion)
-        >>> criterion(model(torch.ones(4, 2)), torch.zeros(4, 1)).backward()
+        >>> criterion(model(torch.eye(2)), torch.zeros(2, 1)).backward()
         >>> optimizer.step()
         >>> monitor.measured_steps, round(monitor.last.lambda_max, 3)
-        (1, 6.0)
+        (1, 3.0)
     """
 
     def __init__(

@@ -50,10 +50,10 @@ class CatapultLR(Beside):
         >>> criterion = nn.MSELoss()
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         >>> controller = CatapultLR(optimizer, model=model, criterion=criterion)
-        >>> criterion(model(torch.ones(4, 2)), torch.zeros(4, 1)).backward()
+        >>> criterion(model(torch.eye(2)), torch.zeros(2, 1)).backward()
         >>> optimizer.step()
-        >>> round(optimizer.param_groups[0]["effective_lr"], 3)  # 2 * eta_crit = 2 * 2 (1 + 0.9) / 6
-        1.267
+        >>> round(optimizer.param_groups[0]["effective_lr"], 3)  # 2 * eta_crit = 2 * 2 (1 - 0.9) / 3
+        0.133
     """
 
     def __init__(

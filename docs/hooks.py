@@ -19,8 +19,8 @@ _SOURCES = _ROOT / "build" / "docs"  # where mkdocs.yml has the API read from
 def on_startup(**_: Any) -> None:
     """Lay the package out as it is installed: the folder analysis/ is shipped as catapult_opt.analysis."""
     shutil.rmtree(_SOURCES, ignore_errors=True)
-    for folder, place in (("catapult_opt", _SOURCES / "catapult_opt"), ("analysis", _SOURCES / "catapult_opt/analysis")):
-        shutil.copytree(_ROOT / folder, place, ignore=lambda _, names: [n for n in names if n in ("results", "__pycache__")])
+    for folder, place in (("catapult_opt", "catapult_opt"), ("analysis", "catapult_opt/analysis")):
+        shutil.copytree(_ROOT / folder, _SOURCES / place, ignore=shutil.ignore_patterns("results", "__pycache__"))
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
