@@ -71,9 +71,9 @@ def starting_rates(
 
     Example:
         >>> model = nn.Linear(2, 1)
-        >>> rates = starting_rates(model, nn.MSELoss(), torch.ones(4, 2), torch.zeros(4, 1))
+        >>> rates = starting_rates(model, nn.MSELoss(), torch.eye(2), torch.zeros(2, 1))
         >>> rates[0].optimizer, round(rates[0].eta_crit, 3), round(rates[1].eta_crit, 3)
-        ('SGD', 0.333, 0.633)
+        ('SGD', 0.667, 1.267)
     """
     return [_first_step(name, make, model, criterion, inputs, targets) for name, make in _OPTIMIZERS.items()]
 
