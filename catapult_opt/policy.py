@@ -45,8 +45,9 @@ class CatapultPolicy:
     arm_steps: int = 25  # an attempt without a spike is renewed after this long
     patience: int = 100  # a catapult not over after this long is given up, and the loss reached is the new start
     measure_cooling: int = 16  # steps between measurements, doubling from 1, at most: in a catapult being cooled
-    measure_settled: int = 50  # and after the last
-    measure_share: float = 0.03  # of the steps' time, for mini-batches: measurements beyond it wait
+    measure_settled: int = 50  # after the last one,
+    measure_following: int = 200  # and where there are none
+    measure_share: float = 0.045  # of the steps' time, for mini-batches: measurements beyond it wait
     settle: float = 0.7  # with total_steps known: no catapults after this fraction of them
     total_steps: int | None = None  # length of the training, if known
     catapults: bool | None = (
@@ -75,7 +76,7 @@ class CatapultPolicy:
             check_whole_number(name, value)
 
 
-_WHOLE = ("hot_steps", "arm_steps", "patience", "measure_cooling", "measure_settled")
+_WHOLE = ("hot_steps", "arm_steps", "patience", "measure_cooling", "measure_settled", "measure_following")
 
 
 def _check(name: str, value: float, *, above: float, at_most: float = math.inf) -> None:
@@ -320,7 +321,7 @@ class Catapulter:
             s.armed, s.attempt = eta_crit, p.begin * p.cool * eta_crit
         elif measured:
             s.attempt = min(p.growth * s.attempt, _LARGEST_RATE)
-            s.interval = min(2 * s.interval, p.measure_settled)
+            s.interval = min(2 * s.interval, p.measure_following)
             s.armed = min(s.armed, eta_crit) if calm else s.armed
         s.rate = min(s.attempt, p.cool * s.armed)
         return Decision(s.rate, s.phase, take_snapshot=measured and calm, measure_in=s.interval if calm else 1)

@@ -241,7 +241,7 @@ POLICY: list[Row] = [
     *((name, v, ValueError, (repr(v),)) for name in ("cool", "settle", "vectors")
       for v in (0, -0.5, 1.5, NAN, INF, "1", None)),
     *((name, v, ValueError, (repr(v),))
-      for name in ("hot_steps", "arm_steps", "patience", "measure_cooling", "measure_settled")
+      for name in ("hot_steps", "arm_steps", "patience", "measure_cooling", "measure_settled", "measure_following")
       for v in (0, -1, 2.5, NAN, "3", None, True)),
     *((name, v, ValueError, (repr(v),)) for name in ("total_steps", "smoothing") for v in (0, -1, 2.5, NAN, "3", True)),
     ("kapa", 2.0, TypeError, ()),
