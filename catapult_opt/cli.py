@@ -1,4 +1,4 @@
-"""The command line: ``catapult-opt report``, ``catapult-opt plot``, ``catapult-opt reproduce``.
+"""The command line: ``catapult-opt report``, ``plot``, ``critical-lr`` and ``reproduce``.
 
 Only the run log and the report are imported here, matplotlib when it is needed and torch only to reproduce, so that
 looking at a running training is quick.
@@ -37,7 +37,12 @@ examples:
   catapult-opt reproduce --list                 figures and tables of the thesis
   catapult-opt reproduce table-4.1 --quick
 
-A run log is what CatapultSGD, CatapultLR and CatapultMonitor write when given log="run.jsonl".
+`catapult-opt COMMAND --help` has more of them. A run log is what CatapultSGD,
+CatapultLR and CatapultMonitor write when given log="run.jsonl".
+
+exit status: 0; 1 if a statement of the thesis fails (reproduce); 2 for wrong
+arguments, or if something could not be read, measured, run or written; 130
+after Ctrl-C (report --watch: 0).
 """
 
 _REPORT = """\
@@ -47,6 +52,13 @@ over the steps, with the catapults marked.
 """
 
 _REPORT_EPILOG = """\
+examples:
+  catapult-opt report run.jsonl                 one run
+  catapult-opt report runs/ --sort best         all below a folder, the best first
+  catapult-opt report runs/ --watch 5           anew every 5 seconds, until Ctrl-C
+  catapult-opt report runs/ --json | jq '.[].catapults'
+  catapult-opt report runs/ --csv > runs.csv
+
 keys to sort by:
   {keys}
 
@@ -63,6 +75,16 @@ super-critical steps are shaded, catapults marked.
 Needs matplotlib: pip install 'catapult_opt[plot]'.
 """
 
+_PLOT_EPILOG = """\
+examples:
+  catapult-opt plot run.jsonl                   writes run.png
+  catapult-opt plot runs/batch_5.jsonl -o batch_5.svg
+  catapult-opt plot a.jsonl b.jsonl -o ab.pdf   side by side
+
+exit status: 0, or 2 if a log could not be read (the others are drawn all the
+same) or the picture not written.
+"""
+
 _CRITICAL = """\
 The critical learning rate of your model on one batch, for each optimizer, and
 a rate to start from: one command instead of a learning-rate range test. It
@@ -74,7 +96,14 @@ FACTORY names a function without arguments that returns
 (model, criterion, inputs, targets); (model, None, inputs) where the model
 returns the loss. inputs may be a tensor, a tuple or a dict of arguments.
 
+examples:
   catapult-opt critical-lr train:setup          setup() in train.py, here
+  catapult-opt critical-lr project.models:small --json
+
+  # train.py
+  def setup():
+      x, y = next(iter(loader))
+      return model, torch.nn.MSELoss(), x, y
 
 exit status: 0, or 2 if the factory cannot be used or the batch not measured.
 """
@@ -87,10 +116,18 @@ command goes on after an interruption.
 """
 
 _REPRODUCE_EPILOG = """\
+examples:
+  catapult-opt reproduce --list                 what there is
+  catapult-opt reproduce theorem-3.3.4 --quick  seconds, not the thesis' numbers
+  catapult-opt reproduce table-4.1 --seeds 5    more seeds than recorded
+  catapult-opt reproduce fig-4.3 --data DIR --download
+  catapult-opt reproduce all --full --out full  may take days
+
 Without --quick or --full, the setting that fits two CPU cores. Pictures need
 matplotlib: pip install 'catapult_opt[plot]'.
 
-exit status: 0; 1 if a statement fails; 2 if something could not be run.
+exit status: 0; 1 if a statement fails; 2 if something could not be run; 130
+after Ctrl-C, and the same command goes on.
 """
 
 
@@ -159,6 +196,7 @@ def _add_plot(commands: Any) -> None:
         "plot",
         help="loss, rates and curvature of runs as a picture",
         description=_PLOT,
+        epilog=_PLOT_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_runs(command)

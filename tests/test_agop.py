@@ -1,8 +1,6 @@
 """AGOP against closed forms and finite differences; taking it leaves no trace; alignment is a cosine."""
 
 import copy
-import doctest
-import importlib
 import time
 
 import pytest
@@ -275,7 +273,3 @@ def test_alignment_of_known_matrices():
 def test_bad_matrices_are_named(g, g_star, error, message):
     with pytest.raises(error, match=message):
         alignment(g, g_star)
-
-
-def test_docstring_examples():
-    assert doctest.testmod(importlib.import_module("catapult_opt.analysis.agop")).failed == 0

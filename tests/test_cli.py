@@ -3,15 +3,17 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from catapult_opt import __version__
-from catapult_opt.cli import main
+from catapult_opt.cli import _parser, main
 from catapult_opt.runlog import RunLogWriter
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE", "NO_COLOR")}
@@ -43,6 +45,32 @@ def test_version_and_help(capsys):
             main(arguments)
         assert caught.value.code == 0
         assert expected in capsys.readouterr().out
+
+
+EXAMPLE = re.compile(r"^ *catapult-opt (.*?)(?: [|>] .*|  .*| +#.*)?$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["", "report", "plot", "critical-lr", "reproduce"])
+def test_help_states_the_exit_status_and_has_examples_that_parse(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    text = capsys.readouterr().out
+    assert "exit status: 0" in text
+    examples = EXAMPLE.findall(text[text.index("\nexamples:\n") :])
+    assert len(examples) >= 2
+    for example in examples:
+        assert command in example
+        _parser().parse_args(shlex.split(example))
+
+
+def test_commands_in_the_documentation_parse():
+    root = Path(__file__).parent.parent
+    pages = [root / "README.md", *root.glob("docs/**/*.md")]
+    blocks = [b for page in pages for b in re.findall(r"^```bash\n(.*?)^```$", page.read_text(), re.M | re.S)]
+    examples = [example for block in blocks for example in EXAMPLE.findall(block)]
+    assert len(examples) > 10
+    for example in examples:
+        _parser().parse_args(shlex.split(example))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +272,7 @@ def test_watch_waits_for_logs_shows_them_grow_and_ends_on_ctrl_c(tmp_path):
 
 def test_report_imports_neither_torch_nor_matplotlib(tmp_path):
     code = (
-        "import sys; from catapult_opt.cli import main; status = main(sys.argv[1:])\n"
+        "import sys; from catapult_opt.cli import _parser, main; status = main(sys.argv[1:])\n"
         "print(sorted({'torch', 'matplotlib', 'numpy', 'scipy'} & sys.modules.keys()), file=sys.stderr)"
     )
     path = write_run(tmp_path / "run.jsonl")

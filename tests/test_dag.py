@@ -1,8 +1,6 @@
 """Networks of directed acyclic graphs against nn.Sequential, F.conv1d and the definition read neuron by neuron."""
 
 import copy
-import doctest
-import importlib
 import math
 import time
 from itertools import pairwise
@@ -450,12 +448,3 @@ def test_picture_shows_every_vertex_and_edge():
     assert not draw_layers(fcn([3, 60, 1])).texts
     with pytest.raises(ValueError, match="at most 5000 edges to be drawn, got 10100"):
         draw_layers(fcn([100, 100, 1]))
-
-
-@pytest.mark.parametrize("name", ["graph", "network", "measures", "picture"])
-def test_examples_in_docstrings(name):
-    torch.set_default_dtype(torch.float32)
-    if name == "picture":
-        pytest.importorskip("matplotlib")
-    result = doctest.testmod(importlib.import_module(f"catapult_opt.analysis.dag.{name}"))
-    assert result.attempted > 0 and result.failed == 0

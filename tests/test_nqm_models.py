@@ -1,8 +1,5 @@
 """f_lin and f_quad against Taylor sums with dense float64 derivatives and closed forms; they train like the module."""
 
-import doctest
-import importlib
-
 import pytest
 import torch
 from torch import nn
@@ -305,9 +302,3 @@ def test_bad_input_is_named():
         GeneralQuadraticModel(torch.ones(2, 3), torch.ones(3, 3).triu(), 1.0)
     with pytest.raises(ValueError, match="w must have shape"):
         GeneralQuadraticModel(torch.ones(2, 3), torch.ones(3), 1.0, w=torch.ones(2))
-
-
-@pytest.mark.parametrize("name", ["expansions", "measures", "closed_forms", "dynamics", "regimes"])
-def test_docstrings(name):
-    result = doctest.testmod(importlib.import_module(f"catapult_opt.analysis.nqm.{name}"))
-    assert result.attempted > 0 and result.failed == 0

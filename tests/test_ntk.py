@@ -1,8 +1,6 @@
 """The NTK equals an explicit float64 Jacobian, the loss splits into its eigenspaces, critical rates are exact."""
 
 import copy
-import doctest
-import importlib
 import math
 
 import pytest
@@ -228,7 +226,3 @@ def test_match_rate():
     assert math.isnan(match_rate([3, 2, 1], [0.1, 0.1], 0.5))
     with pytest.raises(ValueError, match="losses must be one more than rates, got 2 and 2"):
         match_rate([1, 2], [1, 2], 1)
-
-
-def test_docstring_examples():
-    assert doctest.testmod(importlib.import_module("catapult_opt.analysis.ntk")).failed == 0
