@@ -129,6 +129,10 @@ def _judge_schedule(setting: Setting, records: list[Record]) -> Verdict:
         # By the catapults that were counted: an increase of the rate need not make one.
         counts, losses, alignments = ([v for i in steps for v in by[i]] for by in (spikes, loss, features))
         order = _rank_correlation(counts, losses), _rank_correlation(counts, alignments)
+        inside = [
+            float(np.mean([_rank_correlation(*pair) for pair in zip(_by_seed(spikes, steps), other, strict=True)]))
+            for other in (_by_seed(loss, steps), _by_seed(features, steps))
+        ]
         ends = all(b < a for a, b in zip(loss[steps[0]], loss[steps[-1]], strict=True)) and all(
             b > a for a, b in zip(features[steps[0]], features[steps[-1]], strict=True)
         )
@@ -139,7 +143,8 @@ def _judge_schedule(setting: Setting, records: list[Record]) -> Verdict:
         if diverged := sum(not math.isfinite(end) for end in ends_of):
             failures.append(f"{task}: {diverged} of {len(ends_of)} runs diverge.")
         texts.append(
-            f"{task} (rank correlations with the number of catapults {order[0]:.2f} and {order[1]:.2f}): "
+            f"{task} (rank correlations with the number of catapults {order[0]:.2f} and {order[1]:.2f}, within a seed "
+            f"{inside[0]:.2f} and {inside[1]:.2f}): "
             + "; ".join(
                 f"{i} increases ({mean_sd(spikes[i], 1)} catapults) {label} {mean_sd(loss[i], 3)}, "
                 f"alignment {mean_sd(features[i])}"
@@ -147,6 +152,11 @@ def _judge_schedule(setting: Setting, records: list[Record]) -> Verdict:
             )
         )
     return graded(passed, ". ".join(texts), failures)
+
+
+def _by_seed(found: dict[Any, list[float]], steps: Sequence[Any]) -> list[list[float]]:
+    """A list over ``steps`` for each seed."""
+    return [list(values) for values in zip(*(found[i] for i in steps), strict=True)]
 
 
 def _rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
