@@ -71,7 +71,8 @@ the same); a log that was cut off is reported as far as it goes.
 
 _PLOT = """\
 Loss, learning rate against the critical one, and lambda_max over the steps;
-super-critical steps are shaded, catapults marked.
+super-critical steps are shaded; catapults, collapses and spikes that were
+undone are marked.
 Needs matplotlib: pip install 'catapult_opt[plot]'.
 """
 

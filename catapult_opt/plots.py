@@ -80,8 +80,8 @@ def _plot_measured(log: RunLog, ax: Axes, key: str, **style: Any) -> None:
 
 
 def _finish(log: RunLog, ax: Axes, label: str) -> Axes:
-    """Scale and label of a panel, the super-critical steps shaded, the catapults and collapses marked."""
-    collapses = [record["step"] for record in log.events if record["event"] == "collapse"]
+    """Scale and label of a panel, the super-critical steps shaded, catapults, collapses and restores marked."""
+    collapses, undone = ([r["step"] for r in log.events if r["event"] == event] for event in ("collapse", "restore"))
     ax.set_yscale("log", nonpositive="mask")
     ax.set_ylabel(label)
     for first, last in _super_critical_spans(log):
@@ -90,6 +90,8 @@ def _finish(log: RunLog, ax: Axes, label: str) -> Axes:
         ax.axvline(step, color="tab:green", linewidth=0.8, linestyle="--", alpha=0.8, label="catapult")
     for step in collapses:
         ax.axvline(step, color="tab:red", linewidth=0.8, linestyle=":", label="collapse")
+    for step in undone:
+        ax.axvline(step, color="black", linewidth=0.8, linestyle=":", label="undone")
     handles = {name: handle for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}  # one a name
     if label != "loss":  # the marks are explained once, beside the loss
         handles = {name: handle for name, handle in handles.items() if name.startswith("$")}

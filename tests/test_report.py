@@ -341,7 +341,11 @@ def test_plot_shows_the_runs_numbers():
     assert list(curvature.lines[0].get_ydata()) == [2 / critical for critical in ETA_CRIT.values()]
     shaded = [patch.get_extents().transformed(loss.transData.inverted()) for patch in loss.patches]
     assert [(box.x0, box.x1) for box in shaded] == [pytest.approx((1.5, 3.5)), pytest.approx((5.5, 6.5))]
-    assert [line.get_xdata()[0] for line in loss.lines[1:]] == [3, 6]  # the catapult's peak, the collapse
+    assert [line.get_xdata()[0] for line in loss.lines[1:]] == [
+        3,
+        6,
+        7,
+    ]  # the catapult's peak, the collapse, the restore
 
 
 def test_plot_takes_the_users_axes_and_saves_runs_side_by_side(tmp_path):

@@ -162,6 +162,7 @@ def _draw_regimes(records: list[Record], figure: Figure) -> None:
                 loss = np.array(r["result"]["curves"]["loss"])
                 ax.semilogy(loss / loss[0], label=f"{r['case']['product']:g}")
         ax.set(title=model, xlabel="step", ylim=(1e-6, 1e6))
+    figure.axes[0].set_ylabel("loss / first loss")
     ax.legend(title="eta lambda_0", fontsize="small")
 
 

@@ -122,7 +122,8 @@ def _draw_phase(records: list[Record], figure: Figure) -> None:
     for threshold in (2, 4):
         left.axvline(threshold, color="black", linewidth=1, linestyle=":")
     left.set(yscale="log", xlabel="eta lambda_0", ylabel="width m", title="what was observed")
-    left.legend(fontsize="small")
+    left.margins(y=0.2)  # room for the legend above the points
+    left.legend(fontsize="small", loc="upper center", ncols=3)
     for product in sorted({c["products"] for c in cells if c["observed"] == "catapult"}):
         means = [
             [c["peak"] for c in cells if (c["products"], c["width"]) == (product, m) and c["observed"] == "catapult"]
