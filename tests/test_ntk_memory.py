@@ -1,4 +1,4 @@
-"""Kernels of 5,000 rows stay under 8 GB, where the Jacobian alone would take twice as much and more: peak of a process."""
+"""Kernels of 5,000 rows stay under 8 GB, where the Jacobian alone takes twice as much and more: peak of a process."""
 
 import subprocess
 import sys
