@@ -287,6 +287,7 @@ def compare_training(family: Family, effort: Effort, result: Result, tick: Calla
         for side in (0, 1) if k % 2 == 0 else (1, 0):
             for batch in chunk:
                 if side == 0:
+                    _weights(theirs)  # to no use but that of the same caches as on the other side
                     result.plain_seconds.append(timed(theirs.step, batch)[0])
                 else:
                     _catapult_step(ours, batch, result, kept)
@@ -298,10 +299,13 @@ def compare_training(family: Family, effort: Effort, result: Result, tick: Calla
         tick()
 
 
+def _weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in trainer.model.state_dict().items()}
+
+
 def _catapult_step(ours: Trainer, batch: Batch, result: Result, kept: Sample | None) -> float:
     assert isinstance(ours.optimizer, CatapultSGD)
-    weights = {name: t.clone() for name, t in ours.model.state_dict().items()}
-    before = ours.optimizer.last
+    weights, before = _weights(ours), ours.optimizer.last
     seconds, _ = timed(ours.step, batch)
     found = ours.optimizer.last
     if kept is None:

@@ -47,6 +47,7 @@ class _State:
     spiking: bool = False
     peaked: bool = False
     back: bool = False  # a spike returned, its curvature is not measured yet
+    risen_from: float = 0.0  # curvature before that spike
     collapsed: bool = False
 
 
@@ -115,8 +116,8 @@ class CatapultCounter:
         if not math.isfinite(loss) or s.measured == 0:
             return []
         s.loss += (loss - s.loss) / min(s.steps, smoothing)
-        events = self._confirm() if eta_crit is not None else []
-        return events + (self._collapse() or self._episode(is_super_critical(rate, s.eta_crit)))
+        events = self._collapse() or self._episode(is_super_critical(rate, s.eta_crit))
+        return events + (self._confirm() if eta_crit is not None else [])
 
     def _confirm(self) -> list[Event]:
         """A spike that came back is a catapult if the curvature is lower than before it."""
@@ -124,10 +125,10 @@ class CatapultCounter:
         if not s.back:
             return []
         s.back = False
-        if not s.curvature < s.low_curvature:
+        if not s.curvature < s.risen_from:
             return []
         s.catapults += 1
-        return [("catapult_recovered", {"peak": s.peak, "curvature_ratio": s.curvature / s.low_curvature})]
+        return [("catapult_recovered", {"peak": s.peak, "curvature_ratio": s.curvature / s.risen_from})]
 
     def _collapse(self) -> list[Event]:
         s = self._state
@@ -160,5 +161,5 @@ class CatapultCounter:
         events: list[Event] = [] if s.peaked else [("catapult_peaked", {"peak": s.peak})]
         s.peaked = True
         if s.loss <= s.low:
-            s.spiking, s.back, s.low = False, True, math.inf
+            s.spiking, s.back, s.risen_from, s.low = False, True, s.low_curvature, math.inf
         return events

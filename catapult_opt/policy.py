@@ -257,8 +257,8 @@ class Catapulter:
             return 1
         if s.phase == "arm":
             return max(p.arm_steps, h)
-        if s.phase == "hot":
-            return max(p.hot_steps, h)
+        if s.phase == "hot":  # above the first loss the curvature changes from step to step, and may rise
+            return 1 if loss > s.first else max(p.hot_steps, h)
         rising = loss > (above(s.low, p.spike) if s.phase == "settle" else s.before) and h == 1
         if rising:
             s.interval = 1
@@ -341,7 +341,8 @@ class Catapulter:
             s.first = loss if math.isfinite(loss) else s.first
         else:
             s.kappa = 1 + (s.kappa - 1) / 2
-            s.attempt = max(min(s.attempt, s.rate) / 4, _LEAST * s.armed)
+            reached = min(s.attempt, s.rate) if s.phase == "follow" else s.attempt
+            s.attempt = max(reached / 4, _LEAST * s.armed)
         s.rate, s.undone, s.interval = s.attempt, step, 1
         # The averages start again from the snapshot's.
         s.updates, s.measured, s.mean_log_curvature = 0, 0, -math.log(s.armed)

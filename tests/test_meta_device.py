@@ -216,7 +216,9 @@ def test_losses_that_wait_are_logged_when_a_run_just_ends(world: World, tmp_path
 
 def test_optimizer_reads_one_loss_a_step_until_it_settles(world: World) -> None:
     """A catapult may be under way at any time until then."""
-    loop = Loop(sgd(policy=CatapultPolicy(total_steps=20, settle=0.5, measure_settled=4, arm_steps=100)))
+    loop = Loop(
+        sgd(policy=CatapultPolicy(total_steps=20, settle=0.5, measure_settled=4, arm_steps=100, measure_share=1.0))
+    )
     loop.run(20, world)
     assert world.reads[:10] == [1] * 10
     assert world.reads[10:] == [1, 1, 2, 4], "measured 1, 2, 4 steps on"
@@ -276,7 +278,7 @@ def copy_to_the_host(self: Any, module: nn.Module, args: Any, kwargs: Any, outpu
 )
 def test_planted_in_a_hook_is_caught(bug: Any, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop(MAKERS["CatapultSGD"])
-    loop.run(1, world)
+    loop.run(2, world)
     right = capture.Capture._after_forward
 
     def wrong(self: Any, *args: Any) -> None:
@@ -303,7 +305,7 @@ def test_planted_read_of_every_loss_is_caught(world: World, monkeypatch: pytest.
 def test_planted_state_on_the_host_is_caught(world: World) -> None:
     """A momentum buffer that came back from a checkpoint on the wrong device."""
     loop = Loop(MAKERS["CatapultSGD, momentum"])
-    loop.run(1, world)
+    loop.run(2, world)
     for state in loop.optimizer.state.values():
         state["momentum_buffer"] = torch.zeros(state["momentum_buffer"].shape)
     with pytest.raises((AssertionError, RuntimeError)):

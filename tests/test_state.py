@@ -41,7 +41,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "restoring": {"policy": UNDOING},
     "momentum": {"policy": replace(UNDOING, settle=0.5), "momentum": 0.9, "weight_decay": 1e-3},
     "every-3": {"policy": POLICY, "every": 3},
-    "mini-batch": {"policy": POLICY, "batches": 4, "momentum": 0.5, "nesterov": True},
+    "mini-batch": {"policy": replace(POLICY, settle=0.5, smoothing=2), "batches": 4, "momentum": 0.5, "nesterov": True},
     "two-groups": {"policy": POLICY, "groups": True},
 }
 every_configuration = pytest.mark.parametrize("name", list(CONFIGURATIONS))
