@@ -19,6 +19,8 @@ _LARGEST_RATE = 1e30
 _LEAST_LOG = -600.0  # of a rate: its exponential is still a number
 # An attempt is never below this part of the critical rate, however many have failed: it has to find back.
 _LEAST = 1e-6
+# A spike above this many times the first loss is watched step by step.
+_HIGH = 10.0
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,9 @@ class CatapultPolicy:
     measure_share: float = 0.045  # of the steps' time, for mini-batches: measurements beyond it wait
     settle: float = 0.7  # with total_steps known: no catapults after this fraction of them
     total_steps: int | None = None  # length of the training, if known
-    catapults: bool | None = (
-        None  # False: follow the edge from below; None: catapults where the loss is a squared error
-    )
-    begin: float = 0.1  # following starts at this part of the rate, growing with every measurement,
-    blow_up: float = 2.0  # and a loss above this times the first one is undone
+    catapults: bool | None = None  # None: where the loss is a squared error; without them, the edge is followed:
+    begin: float = 0.01  # from zero the rate rises by this part of cool * the first eta_crit a step,
+    blow_up: float = 2.0  # up to cool * the lowest eta_crit so far, and a loss above this times the first is undone
     caution: float = 0.0  # act on the curvature this many standard deviations of its logarithm above the mean
     smoothing: int | None = None  # steps to average the loss over; None: 1 for a repeated batch, else 20
 
@@ -110,6 +110,7 @@ class _State:
     low: float = math.inf  # the loss to come back to
     first: float = 0.0  # loss of the first step
     before: float = 0.0  # loss of the last step
+    slope: float = 0.0  # following: what the rate grows by, a step
     interval: int = 1  # between measurements
     smoothing: int = 0  # of the last step
     entered: int = 0  # step at which the phase was entered
@@ -257,8 +258,8 @@ class Catapulter:
             return 1
         if s.phase == "arm":
             return max(p.arm_steps, h)
-        if s.phase == "hot":  # above the first loss the curvature changes from step to step, and may rise
-            return 1 if loss > s.first else max(p.hot_steps, h)
+        if s.phase == "hot":  # far above the first loss the curvature changes from step to step, and may rise
+            return 1 if loss > _HIGH * abs(s.first) else max(p.hot_steps, h)
         rising = loss > (above(s.low, p.spike) if s.phase == "settle" else s.before) and h == 1
         if rising:
             s.interval = 1
@@ -318,11 +319,11 @@ class Catapulter:
         s, p = self._state, self.policy
         calm = loss <= above(s.first, p.spike)
         if not s.rate:
-            s.armed, s.attempt = eta_crit, p.begin * p.cool * eta_crit
+            s.armed, s.attempt, s.slope = eta_crit, 0.0, p.begin * p.cool * eta_crit
         elif measured:
-            s.attempt = min(p.growth * s.attempt, _LARGEST_RATE)
             s.interval = min(2 * s.interval, p.measure_following)
             s.armed = min(s.armed, eta_crit) if calm else s.armed
+        s.attempt = min(s.attempt + s.slope, _LARGEST_RATE)
         s.rate = min(s.attempt, p.cool * s.armed)
         return Decision(s.rate, s.phase, take_snapshot=measured and calm, measure_in=s.interval if calm else 1)
 
@@ -342,7 +343,7 @@ class Catapulter:
         else:
             s.kappa = 1 + (s.kappa - 1) / 2
             reached = min(s.attempt, s.rate) if s.phase == "follow" else s.attempt
-            s.attempt = max(reached / 4, _LEAST * s.armed)
+            s.attempt, s.slope = max(reached / 4, _LEAST * s.armed), s.slope / 4
         s.rate, s.undone, s.interval = s.attempt, step, 1
         # The averages start again from the snapshot's.
         s.updates, s.measured, s.mean_log_curvature = 0, 0, -math.log(s.armed)
