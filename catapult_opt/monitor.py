@@ -119,8 +119,10 @@ class Clock:
 def check_overhead(overhead: float | None) -> None:
     if overhead is None:
         return
-    if not isinstance(overhead, (int, float)) or isinstance(overhead, bool) or not 0 < overhead < math.inf:
-        raise ValueError(f"overhead must be a share of the running time above 0, such as 0.05, got {overhead!r}")
+    if not isinstance(overhead, (int, float)) or isinstance(overhead, bool) or not 0 < overhead < 1:
+        raise ValueError(
+            f"overhead must be a share of the running time above 0 and below 1, such as 0.05 for 5 %, got {overhead!r}"
+        )
 
 
 class Session:

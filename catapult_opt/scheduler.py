@@ -15,6 +15,7 @@ from .bases import check_supported, next_update
 from .curvature.vectors import Vector
 from .distributed import local
 from .monitor import Beside, Session, plain_settings
+from .optimizer import CatapultSGD
 from .policy import Catapulter, CatapultPolicy, Decision
 from .scaling import LossScaler
 
@@ -72,6 +73,10 @@ class CatapultLR(Beside):
         process_group: Any = None,
     ) -> None:
         check_supported(optimizer)
+        if isinstance(optimizer, CatapultSGD):
+            raise TypeError(
+                "optimizer: CatapultSGD sets a rate of its own: pass torch.optim.SGD, or leave CatapultLR out"
+            )
         _check_unfused(optimizer)
         if policy is not None and not isinstance(policy, CatapultPolicy):
             raise TypeError(f"policy must be a CatapultPolicy, got {policy!r}")

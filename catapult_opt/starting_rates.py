@@ -113,6 +113,8 @@ def load_factory(spec: str) -> Callable[[], Any]:
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise FactoryError(f"{spec!r} must read module:function, such as train:setup")
+    if module_name.endswith(".py"):
+        raise FactoryError(f"{spec!r} names a file, but must name a module: try {module_name[:-3]}:{name}")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -148,7 +150,7 @@ def run(spec: str, as_json: bool, console: Console) -> None:
         )
     try:
         rates = starting_rates(*made)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # torch's own for shapes that do not fit is a RuntimeError
         raise FactoryError(f"{spec}: {error}") from error
     if as_json:
         print(json.dumps([_finite(asdict(rate)) for rate in rates], indent=2, allow_nan=False))

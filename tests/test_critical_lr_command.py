@@ -32,6 +32,9 @@ def alone():
             return scale * (self.w * x).square().sum()
     return Loss(), None, {"x": torch.ones(3), "scale": 2.0}
 
+def shapes():
+    return nn.Linear(2, 1), nn.MSELoss(), torch.ones(4, 3), torch.zeros(4, 1)
+
 def wrong():
     return nn.Linear(2, 1)
 
@@ -76,6 +79,8 @@ def test_table_and_a_model_that_returns_its_loss(folder: Path, capsys: pytest.Ca
         ("made_here:missing", "missing"),
         ("made_here:wrong", "must return (model, criterion, inputs, targets)"),
         ("made_here:unusable", "NaN"),
+        ("made_here:shapes", "made_here:shapes: mat1 and mat2 shapes cannot be multiplied (4x3 and 2x1)"),
+        ("made_here.py:setup", "try made_here:setup"),
     ],
 )
 def test_what_cannot_be_used_is_named(folder: Path, capsys: pytest.CaptureFixture[str], spec: str, said: str) -> None:

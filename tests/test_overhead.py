@@ -96,7 +96,7 @@ def test_a_controller_keeps_two_copies_of_the_parameters(clock: Clock, tmp_path:
     assert summarize(read_log(tmp_path / "run.jsonl")).extra_bytes == kept
 
 
-@pytest.mark.parametrize("value", [0, -0.1, float("nan"), float("inf"), "0.05", True])
+@pytest.mark.parametrize("value", [0, -0.1, 1, 5, float("nan"), float("inf"), "0.05", True])
 def test_refuses_shares_that_mean_nothing(clock: Clock, value: Any) -> None:
     with pytest.raises(ValueError, match="overhead"):
         train(clock, 0, "sgd", overhead=value)
