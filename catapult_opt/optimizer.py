@@ -146,6 +146,11 @@ class CatapultSGD(Optimizer):
                 if value is not None:
                     raise ValueError(f"{name}={value!r} needs a model: pass model=, or leave it out")
 
+    def __repr__(self) -> str:
+        """As torch's, without the controller's state, which is long and for checkpoints only."""
+        lines = super().__repr__().splitlines()
+        return "\n".join(line for line in lines if not line.lstrip().startswith((_STATE, _BUFFERS)))
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its settings are checked as those of the constructor."""
         if isinstance(param_group, dict):

@@ -427,7 +427,7 @@ class RunLogWriter:
             return b""
         if resumed_at is None:
             raise FileExistsError(
-                f"{self.path} holds a run already: choose another path, "
+                f"{self.path} holds a run already: choose another path, delete it, "
                 "or load the run's checkpoint first to continue it"
             )
         with open(self.path, "rb") as file:

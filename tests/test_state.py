@@ -345,6 +345,16 @@ def test_log_of_a_resumed_run_in_a_file_of_its_own(tmp_path: Path) -> None:
     assert second.header["parameters"] == first.header["parameters"]
 
 
+def test_printed_as_torch_prints_settings_without_the_state() -> None:
+    run = Run("full-batch")
+    run.advance(2)
+    group = run.optimizer.param_groups[0]
+    printed = [line.split(":")[0].strip() for line in repr(run.optimizer).splitlines()]
+    settings = sorted(k for k in group if k not in ("params", "catapult_state", "catapult_buffers"))
+    assert {"catapult_state", "catapult_buffers"} <= group.keys()
+    assert printed == ["CatapultSGD (", "Parameter Group 0", *settings, ")"]
+
+
 def test_a_second_run_does_not_write_into_the_log_of_the_first(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     run = Run("full-batch", log=path)
