@@ -188,7 +188,9 @@ class Capture:
         self._started: list[ForwardCall] = []
         self._handles = [
             model.register_forward_pre_hook(_Hook(self, "_before_forward"), with_kwargs=True),
-            (called or model).register_forward_hook(_Hook(self, "_after_forward"), with_kwargs=True),
+            (model if called is None else called).register_forward_hook(
+                _Hook(self, "_after_forward"), with_kwargs=True
+            ),
         ]
         if criterion is not None:
             hook = _Hook(self, "_after_criterion")

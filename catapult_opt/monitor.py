@@ -42,6 +42,8 @@ _MINI_BATCH_SMOOTHING = 20
 _PRODUCT, _MEASUREMENT = 1.3, 1.0
 # So many steps' worth of measuring may be spent ahead of time: a training's first steps change the curvature most.
 _ADVANCE = 5.0
+# So much more where the loss rises though it should not.
+_ALARM = 25.0
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ class Session:
         self._accuracy = _COUNTING if share is None else _ACTING
         self._share = share if share is not None and overhead is None else math.inf
         self._spent = 0.0  # training steps' worth of measuring, after the first measurement
+        self._alarm = False
         self._copies = copies
         self._outputs = outputs
         self._face, self._settings = face, settings
@@ -313,6 +316,7 @@ class Session:
         events: Sequence[Event] = (),
         measure_in: int | None = None,
         averages: dict[str, float] | None = None,
+        alarm: bool = False,
     ) -> None:
         """Count and log the step just decided; measure again in `measure_in` steps at the latest.
 
@@ -321,6 +325,7 @@ class Session:
             rate, phase, events: what was decided.
             measure_in: steps until the next measurement is wanted.
             averages: what the decision went by, where that is not the present value, for the log.
+            alarm: the measurement may overdraw its budget.
         """
         record: dict[str, Any] = {"step": self.step, "loss": seen.loss, "effective_lr": rate}
         found = seen.critical
@@ -347,6 +352,7 @@ class Session:
             self._waiting.append(entry)
         else:
             _write(entry, seen.loss, self._counter, self._writer)
+        self._alarm = alarm
         if measure_in is not None:
             due = self.step + measure_in
             # A measurement already planned earlier stays: the intervals of a new phase do not push it out.
@@ -362,7 +368,7 @@ class Session:
         self.capture.arm(self.step == 0 or (wanted and self._clock.affordable))
 
     def _within_share(self, step: int) -> bool:
-        return self._repeated or self._spent <= self._share * step + _ADVANCE
+        return self._repeated or self._spent <= self._share * step + _ADVANCE + self._alarm * _ALARM
 
     def log_metrics(self, values: dict[str, float]) -> None:
         """Write metrics of the user's own at the present step."""
@@ -413,6 +419,7 @@ class Session:
             "batch_size": self._batch_size,
             "measured_at": self._measured_at,
             "spent": self._spent,
+            "alarm": self._alarm,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -427,7 +434,7 @@ class Session:
         self._due = state["due"]
         self._batch_size = state["batch_size"]
         self._measured_at = state["measured_at"]
-        self._spent = state["spent"]
+        self._spent, self._alarm = state["spent"], state["alarm"]
         self.arm_next()
 
     def _measure(

@@ -356,7 +356,7 @@ class CatapultSGD(Optimizer):
         if seen.smoothing > 1:
             averages = {"eta_crit_mean": machine.eta_crit, "log_lambda_sd": machine.spread}
         rate = update.rate * decision.rate
-        session.record(seen, rate, decision.phase, decision.events, decision.measure_in, averages)
+        session.record(seen, rate, decision.phase, decision.events, decision.measure_in, averages, decision.alarm)
         self._store()
         return decision
 

@@ -96,6 +96,7 @@ class Decision:
     brake: bool = False  # set the momentum to zero before updating: it would carry the spike on
     events: tuple[Event, ...] = ()
     measure_in: int = 1  # steps until the next measurement is wanted
+    alarm: bool = False  # the loss rises where it should not: the measurement may overdraw its budget
 
 
 @dataclass
@@ -202,7 +203,7 @@ class Catapulter:
             return self._undo(step, loss)
         eta_crit = self.eta_crit
         if s.phase == "follow":
-            return self._follow(newest, eta_crit, measured)
+            return self._follow(step, newest, eta_crit, measured)
         over = p.total_steps is not None and step > p.settle * p.total_steps
         if s.phase == "arm":
             s.low = min(s.low, loss)
@@ -232,6 +233,7 @@ class Catapulter:
             brake=s.phase == "cool" and s.entered == step,
             events=tuple(events),
             measure_in=measure_in,
+            alarm=s.phase == "settle" and loss > above(s.low, p.spike),
         )
 
     def _paid(self, step: int, loss: float, eta_crit: float, measured: bool, h: int) -> bool:
@@ -260,7 +262,7 @@ class Catapulter:
             return max(p.arm_steps, h)
         if s.phase == "hot":  # far above the first loss the curvature changes from step to step, and may rise
             return 1 if loss > _HIGH * abs(s.first) else max(p.hot_steps, h)
-        rising = loss > (above(s.low, p.spike) if s.phase == "settle" else s.before) and h == 1
+        rising = loss > above(s.low, p.spike) if s.phase == "settle" else h == 1 and loss > s.before
         if rising:
             s.interval = 1
         elif measured:
@@ -314,14 +316,14 @@ class Catapulter:
             return min(s.attempt, p.cool * eta_crit)
         return min(s.rate, s.kappa * eta_crit)
 
-    def _follow(self, loss: float, eta_crit: float, measured: bool) -> Decision:
+    def _follow(self, step: int, loss: float, eta_crit: float, measured: bool) -> Decision:
         """Below the edge of the sharpest batch so far, from a gentle start on."""
         s, p = self._state, self.policy
         calm = loss <= above(s.first, p.spike)
         if not s.rate:
             s.armed, s.attempt, s.slope = eta_crit, 0.0, p.begin * p.cool * eta_crit
         elif measured:
-            s.interval = min(2 * s.interval, p.measure_following)
+            s.interval = min(max(2 * s.interval, step - s.undone), p.measure_following)
             s.armed = min(s.armed, eta_crit) if calm else s.armed
         s.attempt = min(s.attempt + s.slope, _LARGEST_RATE)
         s.rate = min(s.attempt, p.cool * s.armed)

@@ -198,7 +198,7 @@ class CatapultLR(Beside):
             self._snapshot = {p: p.detach().clone() for p in session.params}
             self._buffers = {name: b.clone() for name, b in session.buffers().items()}
         measure_in = None if seen.loss is None else decision.measure_in
-        session.record(seen, factor * decision.rate, decision.phase, decision.events, measure_in)
+        session.record(seen, factor * decision.rate, decision.phase, decision.events, measure_in, alarm=decision.alarm)
         self._apply(optimizer, decision, unit)
 
     def _apply(self, optimizer: Optimizer, decision: Decision, unit: float) -> None:
