@@ -1,6 +1,6 @@
 """Promise: a training of known length ends neither non-finite nor above its first loss, whatever the problem.
 
-One of the thirty breaks it: a narrow net on batches of four with momentum, whose loss (.703, that of a coin) wanders to .73.
+One of the thirty breaks it: a narrow net on batches of four with momentum, whose loss wanders from .703 to .73.
 
 `python tests/random_problems.py` runs a thousand of them and names the seeds that fail.
 """
