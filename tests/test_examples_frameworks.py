@@ -42,7 +42,8 @@ def test_lightning_module(tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
     assert len(rows) == 8
     for row in rows:
-        assert 0 < float(row["effective_lr"]) <= 2 * float(row["eta_crit"]) * 1.01
+        # On mini-batches the rate goes by the mean over the last measurements, not by the last one alone.
+        assert 0 < float(row["effective_lr"]) <= 2 * float(row["eta_crit"]) * 1.25
         assert float(row["catapults"]) >= 0 and math.isfinite(float(row["loss"]))
 
 
