@@ -226,14 +226,15 @@ class Catapulter:
             s.low = loss
         s.rate = self._rate(eta_crit)
         measure_in, s.before = self._next(step, loss, measured, h), loss
+        high = newest > _HIGH * abs(s.first)  # on mini-batches, before the mean shows it
         return Decision(
             s.rate,
             s.phase,
             take_snapshot=fresh,
             brake=s.phase == "cool" and s.entered == step,
             events=tuple(events),
-            measure_in=measure_in,
-            alarm=s.phase == "settle" and loss > above(s.low, p.spike),
+            measure_in=1 if high else measure_in,
+            alarm=high or (s.phase == "settle" and loss > above(s.low, p.spike)),
         )
 
     def _paid(self, step: int, loss: float, eta_crit: float, measured: bool, h: int) -> bool:
