@@ -226,7 +226,7 @@ class Catapulter:
             s.low = loss
         s.rate = self._rate(eta_crit)
         measure_in, s.before = self._next(step, loss, measured, h), loss
-        high = newest > _HIGH * abs(s.first)  # on mini-batches, before the mean shows it
+        high = h > 1 and newest > _HIGH * abs(s.first)  # before the mean shows it
         return Decision(
             s.rate,
             s.phase,
