@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from catapult_opt import CatapultMonitor, CatapultSGD, critical_lr
+from catapult_opt import CatapultMonitor, CatapultPolicy, CatapultSGD, critical_lr
 from catapult_opt.analysis.networks import ntk_mlp
 from catapult_opt.analysis.nqm import (
     GeneralQuadraticModel,
@@ -188,7 +188,8 @@ def test_trains_under_torch_optimizers(make):
 def test_trains_under_catapult_sgd_above_the_critical_rate():
     f_quad, x, y = QuadraticModel(ntk_mlp(6, 256, 2)), torch.randn(20, 6), torch.randn(20, 1)
     criterion = nn.MSELoss()
-    optimizer = CatapultSGD(f_quad.parameters(), model=f_quad, criterion=criterion)
+    policy = CatapultPolicy(total_steps=100)  # else the last step may lie within a catapult
+    optimizer = CatapultSGD(f_quad.parameters(), model=f_quad, criterion=criterion, policy=policy)
     losses = []
     for _ in range(100):
         optimizer.zero_grad()
