@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from catapult_opt import CatapultLR, CatapultMonitor
-from catapult_opt.monitor import _ADVANCE, _MEASUREMENT, _MINI_BATCH_SMOOTHING, _PRODUCT
+from catapult_opt.monitor import _MINI_BATCH_SMOOTHING, Budget, measurement_cost
 from catapult_opt.policy import Catapulter, CatapultPolicy
 
 RANKS, STEPS = 2, 8
@@ -240,7 +240,7 @@ def worked_out(sharded: Counted) -> Table:
         "curvature product: exchanged per GPU": f"{per_product / 1e9:.0f} GB, {per_product / BYTES_PER_SECOND:.1f} s",
         f"measurement of {sharded.products} products": f"{measurement:.0f} s, {measurement / step:.1f} steps",
         "  of that, waiting for a few numbers": f"{latency * 1e3:.1f} ms",
-        "  by the policy's own count": f"{_MEASUREMENT + _PRODUCT * sharded.products:.1f} steps",
+        "  by the policy's own count": f"{measurement_cost(sharded.products):.1f} steps",
         "memory per GPU: weights, float32": f"{shard:.2f} GB",
         "memory per GPU: kept between measurements": f"{sharded.left * shard:.2f} GB",
         "memory per GPU: at most in a measurement": f"{sharded.most * shard:.1f} GB",
@@ -256,16 +256,17 @@ def simulated(steps: int, squared_error: bool, products: int) -> tuple[int, int,
     curvature rises slowly (progressive sharpening); batches scatter the loss by 3 % and the curvature by 14 %.
     """
     policy, dice = CatapultPolicy(total_steps=steps), random.Random(0)
-    machine = Catapulter(policy)
-    log_lam, spike, spent, due, measurements, restores = 0.0, 0.0, 0.0, 1, 0, 0
+    machine, budget = Catapulter(policy), Budget(policy.measure_share)
+    log_lam, spike, due, measurements, restores = 0.0, 0.0, 1, 0, 0
     for step in range(1, steps + 1):
         base = 3.0 * step**-0.1
         loss = (base + spike) * math.exp(dice.gauss(0, 0.03))
-        measured = step == 1 or (step >= due and spent <= policy.measure_share * step + _ADVANCE)
+        measured = step == 1 or (step >= due and budget.allows(step))
         eta_crit = 2 / math.exp(log_lam + dice.gauss(0, 0.14)) if measured else None
         decision = machine.update(
             step=step, loss=loss, eta_crit=eta_crit, smoothing=_MINI_BATCH_SMOOTHING, squared_error=squared_error
         )
+        budget.alarm = decision.alarm
         above = decision.rate * math.exp(log_lam) / 2
         spike = min(max(spike, 1e-3) * min((2 * above - 1) ** 2, 4.0) if above > 1 else spike * 0.7, 1e9)
         log_lam += -0.05 if above > 1 else 2.0 / steps
@@ -273,18 +274,18 @@ def simulated(steps: int, squared_error: bool, products: int) -> tuple[int, int,
         spike = 0.0 if decision.restore else spike
         if measured:
             measurements += 1
-            spent += (_MEASUREMENT + _PRODUCT * products) if step > 1 else 0.0
+            budget.spent += measurement_cost(products) if step > 1 else 0.0
             due = step + decision.measure_in
         else:
             due = min(due, step + decision.measure_in)
-    return measurements, restores, spent / steps
+    return measurements, restores, budget.spent / steps
 
 
 def cadence(products: int, steps: int = 100_000) -> Table:
     table = Table(title=f"The policy over {steps:,} steps, simulated", title_justify="left", box=box.MARKDOWN)
     for column in ("loss", "measured steps", "one in", "restores", "share counted", "share at the seconds above"):
         table.add_column(column, justify="right" if column != "loss" else "left")
-    real = (products + 1 / 3) * BF16_FLOPS / TF32_FLOPS / (_MEASUREMENT + _PRODUCT * products)
+    real = (products + 1 / 3) * BF16_FLOPS / TF32_FLOPS / measurement_cost(products)
     for name, squared in (("cross-entropy (follows)", False), ("squared error (catapults)", True)):
         measured, restores, share = simulated(steps, squared, products)
         table.add_row(

@@ -87,38 +87,45 @@ class Alone:
             p.data = w
 
 
-class Replicas(Alone):
+class _Ranks(Alone):
+    """Several processes, which exchange numbers over these groups in turn."""
+
+    def __init__(self, groups: Sequence[Any], size: int, device: torch.device) -> None:
+        self._groups, self._device = groups, device
+        self.size = size
+        self.writes = all(dist.get_rank(group) == 0 for group in groups)
+
+    def mean(self, numbers: Tensor) -> Tensor:
+        return _reduced(numbers, self._groups) / self.size
+
+    def highest(self, numbers: Sequence[float]) -> list[float]:
+        found = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        return [float(x) for x in _reduced(found, self._groups, dist.ReduceOp.MAX).tolist()]
+
+    def sum(self, number: float) -> float:
+        return float(_reduced(torch.tensor(number, dtype=torch.float64, device=self._device), self._groups))
+
+
+class Replicas(_Ranks):
     """Ranks that hold the same weights and average their gradients.
 
     A product with the curvature costs one all-reduce of its own size, as a training step's gradients do.
     """
 
     def __init__(self, process_group: Any, device: torch.device) -> None:
-        self._group, self._device = process_group, device
-        self.size = dist.get_world_size(process_group)
-        self.writes = dist.get_rank(process_group) == 0
-
-    def mean(self, numbers: Tensor) -> Tensor:
-        return _reduced(numbers, [self._group]) / self.size
-
-    def highest(self, numbers: Sequence[float]) -> list[float]:
-        found = torch.tensor(numbers, dtype=torch.float64, device=self._device)
-        return [float(x) for x in _reduced(found, [self._group], dist.ReduceOp.MAX).tolist()]
-
-    def sum(self, number: float) -> float:
-        return float(_reduced(torch.tensor(number, dtype=torch.float64, device=self._device), [self._group]))
+        super().__init__([process_group], dist.get_world_size(process_group), device)
 
     def average_(self, product: Vector) -> None:
         kinds = {(x.dtype, x.device) for x in product}
         for members in ([x for x in product if (x.dtype, x.device) == kind] for kind in sorted(kinds, key=str)):
             flat = torch.cat([x.reshape(-1) for x in members])
-            dist.all_reduce(flat, group=self._group)
+            dist.all_reduce(flat, group=self._groups[0])
             parts = torch.split(flat.div_(self.size), [x.numel() for x in members])
             for x, part in zip(members, parts, strict=True):
                 x.copy_(part.view_as(x))
 
 
-class Shards(Alone):
+class Shards(_Ranks):
     """Ranks that hold a part of each weight, of a model under `fully_shard`.
 
     Its own hooks gather the weights in a forward pass and average and scatter the gradients in a backward pass, so a
@@ -144,25 +151,14 @@ class Shards(Alone):
             raise ValueError(
                 "params: all must be sharded by fully_shard over the same mesh, call it on the whole model"
             )
-        self._model, self._device = model, local(params[0]).device
-        self._all = mesh.get_all_groups()
-        self._sharding = [group for group, shards in zip(self._all, kinds[0] or (), strict=True) if shards]
-        self.size = mesh.size()
-        self.writes = all(dist.get_rank(group) == 0 for group in self._all)
+        groups = mesh.get_all_groups()
+        super().__init__(groups, mesh.size(), local(params[0]).device)
+        self._model = model
+        self._sharding = [group for group, shards in zip(groups, kinds[0] or (), strict=True) if shards]
         self._weights: list[Tensor] = []
-
-    def mean(self, numbers: Tensor) -> Tensor:
-        return _reduced(numbers, self._all) / self.size
-
-    def sum(self, number: float) -> float:
-        return float(_reduced(torch.tensor(number, dtype=torch.float64, device=self._device), self._all))
 
     def common(self, number: float) -> float:
         return self.sum(number) / self.size
-
-    def highest(self, numbers: Sequence[float]) -> list[float]:
-        found = torch.tensor(numbers, dtype=torch.float64, device=self._device)
-        return [float(x) for x in _reduced(found, self._all, dist.ReduceOp.MAX).tolist()]
 
     @property
     def total(self) -> Total | None:

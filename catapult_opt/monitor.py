@@ -25,6 +25,7 @@ from .curvature.operators import ENGINES, FINITE_DIFFERENCE, StepSize
 from .curvature.vectors import Vector
 from .distributed import Group, group_of, local, reshard, unwrapped
 from .measure import GRAM, CriticalLR, MeasurementError, MeasurementWarning, choose_engine, measure, trainable
+from .policy import Catapulter, Decision
 from .runlog import RunLogWriter
 from .scaling import LossScaler, check_scaler
 from .trees import read_numbers, tensors_in
@@ -37,8 +38,7 @@ _COUNTING, _ACTING = (0.003, 10), (0.05, 5)
 _RUNNING_STATISTICS = ("running_mean", "running_var")
 # Averages of mini-batch losses run over about this many steps.
 _MINI_BATCH_SMOOTHING = 20
-# What a measurement costs, in training steps: a curvature product, and the rest (benchmarks/curvature.py). Counted,
-# not timed, so that the same run measures on the same steps everywhere.
+# What a measurement costs, in training steps: a curvature product, and the rest (benchmarks/curvature.py).
 _PRODUCT, _MEASUREMENT = 1.3, 1.0
 # So many steps' worth of measuring may be spent ahead of time: a training's first steps change the curvature most.
 _ADVANCE = 5.0
@@ -116,6 +116,28 @@ class Clock:
         """Seconds since the last call."""
         before, self._lap = self._lap, self.elapsed
         return self._lap - before
+
+
+def measurement_cost(matvecs: int) -> float:
+    """Of a measurement with so many curvature products, in training steps (counted, not timed)."""
+    return _MEASUREMENT + _PRODUCT * matvecs
+
+
+class Budget:
+    """What a controller may measure on mini-batches: counted, so that a run measures on the same steps anywhere.
+
+    Args:
+        share: of the training's steps; inf: no limit.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self.spent = 0.0  # training steps' worth of measuring
+        self.alarm = False  # the loss rises where it should not: there is more to spend
+
+    def allows(self, step: int) -> bool:
+        """May this step be measured?"""
+        return self.spent <= self._share * step + _ADVANCE + self.alarm * _ALARM
 
 
 def check_overhead(overhead: float | None) -> None:
@@ -198,9 +220,7 @@ class Session:
         self._every = every
         self._clock = Clock(overhead, self._group)
         self._accuracy = _COUNTING if share is None else _ACTING
-        self._share = share if share is not None and overhead is None else math.inf
-        self._spent = 0.0  # training steps' worth of measuring, after the first measurement
-        self._alarm = False
+        self._budget = Budget(share if share is not None and overhead is None else math.inf)
         self._copies = copies
         self._outputs = outputs
         self._face, self._settings = face, settings
@@ -308,28 +328,36 @@ class Session:
                 raise RuntimeError(problem or "another process has no loss to measure; its error says why")
         return calls, late, read
 
+    def decide(self, machine: Catapulter, seen: Observation) -> Decision:
+        """What a controller does in the step observed; as before where its loss is left on the device."""
+        if seen.loss is None:
+            return Decision(machine.rate, machine.phase)
+        return machine.update(
+            step=self.step,
+            loss=seen.loss,
+            eta_crit=seen.eta_crit,
+            smoothing=seen.smoothing,
+            squared_error=seen.squared_error,
+        )
+
     def record(
         self,
         seen: Observation,
         rate: float,
-        phase: str = "watch",
-        events: Sequence[Event] = (),
-        measure_in: int | None = None,
+        decision: Decision | None = None,
         averages: dict[str, float] | None = None,
-        alarm: bool = False,
     ) -> None:
-        """Count and log the step just decided; measure again in `measure_in` steps at the latest.
+        """Count and log the step, and plan the next measurement.
 
         Args:
             seen: what `observe` gave.
-            rate, phase, events: what was decided.
-            measure_in: steps until the next measurement is wanted.
+            rate: of the update.
+            decision: what `decide` gave; None: nobody decides.
             averages: what the decision went by, where that is not the present value, for the log.
-            alarm: the measurement may overdraw its budget.
         """
         record: dict[str, Any] = {"step": self.step, "loss": seen.loss, "effective_lr": rate}
         found = seen.critical
-        events, self._events = [*self._events, *events], []
+        events, self._events = [*self._events, *(decision.events if decision else ())], []
         if found is not None:
             record |= {
                 "eta_crit": found.eta_crit,
@@ -337,7 +365,7 @@ class Session:
                 "residual": found.residual,
                 "matvecs": found.matvecs,
                 "super_critical": is_super_critical(rate, found.eta_crit),
-                "phase": phase,
+                "phase": decision.phase if decision else "watch",
                 "probe_seconds": seen.seconds,
                 "elapsed": self._clock.lap(),
                 **(averages or {}),
@@ -352,9 +380,9 @@ class Session:
             self._waiting.append(entry)
         else:
             _write(entry, seen.loss, self._counter, self._writer)
-        self._alarm = alarm
-        if measure_in is not None:
-            due = self.step + measure_in
+        self._budget.alarm = decision is not None and decision.alarm
+        if decision is not None and seen.loss is not None:
+            due = self.step + decision.measure_in
             # A measurement already planned earlier stays: the intervals of a new phase do not push it out.
             self._due = due if found is not None else min(self._due or due, due)
             if self.step == 1 and self._every is None:
@@ -363,12 +391,10 @@ class Session:
 
     def arm_next(self) -> None:
         upcoming = self.step + 1
-        wanted = self._due is not None and upcoming >= self._due and self._within_share(upcoming)
+        wanted = self._due is not None and upcoming >= self._due
+        wanted = wanted and (self._repeated or self._budget.allows(upcoming))
         wanted = wanted or (self._every is not None and self.step % self._every == 0)
         self.capture.arm(self.step == 0 or (wanted and self._clock.affordable))
-
-    def _within_share(self, step: int) -> bool:
-        return self._repeated or self._spent <= self._share * step + _ADVANCE + self._alarm * _ALARM
 
     def log_metrics(self, values: dict[str, float]) -> None:
         """Write metrics of the user's own at the present step."""
@@ -418,8 +444,8 @@ class Session:
             "due": self._due,
             "batch_size": self._batch_size,
             "measured_at": self._measured_at,
-            "spent": self._spent,
-            "alarm": self._alarm,
+            "spent": self._budget.spent,
+            "alarm": self._budget.alarm,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -434,7 +460,7 @@ class Session:
         self._due = state["due"]
         self._batch_size = state["batch_size"]
         self._measured_at = state["measured_at"]
-        self._spent, self._alarm = state["spent"], state["alarm"]
+        self._budget.spent, self._budget.alarm = state["spent"], state["alarm"]
         self.arm_next()
 
     def _measure(
@@ -478,8 +504,8 @@ class Session:
                 warnings.warn(message, MeasurementWarning, stacklevel=4)
             self._events.append(("measurement_failed", {"reason": str(error)}))
             return None, None
-        if not cold:
-            self._spent += _MEASUREMENT + _PRODUCT * found.matvecs
+        if not cold:  # the first one is needed in any case
+            self._budget.spent += measurement_cost(found.matvecs)
         eta_crit = update.critical(found.lambda_max)
         return CriticalLR(**{**vars(found), "eta_crit": eta_crit}), vector
 
@@ -744,8 +770,7 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
 
 def _trainable(reference: weakref.ref[Optimizer]) -> list[Tensor]:
     optimizer = reference()
-    groups = [] if optimizer is None else optimizer.param_groups
-    return [p for group in groups for p in group["params"] if p.requires_grad]
+    return [] if optimizer is None else [p for p in _params(optimizer) if p.requires_grad]
 
 
 def check_model(model: nn.Module, params: Sequence[Tensor]) -> None:

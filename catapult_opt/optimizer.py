@@ -332,17 +332,7 @@ class CatapultSGD(Optimizer):
         update = next_update(self, part=self.rate_part)
         seen = session.observe(self._start(), update, need_loss=machine.phase != "settle")
         self._prepare_state()
-        if seen.loss is None:  # nothing new: as at the last measurement
-            session.record(seen, update.rate * machine.rate, machine.phase)
-            self._store()
-            return Decision(machine.rate, machine.phase)
-        decision = machine.update(
-            step=session.step,
-            loss=seen.loss,
-            eta_crit=seen.eta_crit,
-            smoothing=seen.smoothing,
-            squared_error=seen.squared_error,
-        )
+        decision = session.decide(machine, seen)
         if seen.vector is not None:
             for p, v in zip(session.params, seen.vector, strict=True):
                 local(self.state[p][_VECTOR]).copy_(v)
@@ -355,8 +345,7 @@ class CatapultSGD(Optimizer):
         averages = None
         if seen.smoothing > 1:
             averages = {"eta_crit_mean": machine.eta_crit, "log_lambda_sd": machine.spread}
-        rate = update.rate * decision.rate
-        session.record(seen, rate, decision.phase, decision.events, decision.measure_in, averages, decision.alarm)
+        session.record(seen, update.rate * decision.rate, decision, averages)
         self._store()
         return decision
 

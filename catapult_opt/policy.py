@@ -199,11 +199,11 @@ class Catapulter:
         too_high = loss > p.ceiling * abs(s.first)  # this very loss: a mean over many steps would see it too late
         newest, measured = loss, eta_crit is not None
         loss = self._averaged(loss, eta_crit, h)
-        if s.phase != "follow" and self._lost(step, loss, h):
-            return self._undo(step, loss)
         eta_crit = self.eta_crit
         if s.phase == "follow":
             return self._follow(step, newest, eta_crit, measured)
+        if self._lost(step, loss, h):
+            return self._undo(step, loss)
         over = p.total_steps is not None and step > p.settle * p.total_steps
         if s.phase == "arm":
             s.low = min(s.low, loss)

@@ -22,6 +22,7 @@ from .scaling import LossScaler
 _BASE = "catapult_base_lr"  # what a group's lr is relative to
 # Running sums of gradients, brought to rest when a spike is cooled or undone.
 _VELOCITIES = ("momentum_buffer", "exp_avg")
+_KEPT = {"session", "machine", "vector", "snapshot", "buffers"}  # in a state dict
 
 
 class CatapultLR(Beside):
@@ -142,7 +143,7 @@ class CatapultLR(Beside):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on as the run would have gone where the state was taken."""
         params = self._session.params
-        missing = self.state_dict().keys() - state_dict.keys()
+        missing = _KEPT - state_dict.keys()
         if missing:
             raise ValueError(f"state_dict has no {sorted(missing)}: pass what CatapultLR.state_dict() gave")
         for name in ("vector", "snapshot"):
@@ -182,23 +183,13 @@ class CatapultLR(Beside):
         seen = session.observe(session.aligned(self._vector), update, need_loss=machine.phase != "settle")
         unit = max(g[_BASE] for g in optimizer.param_groups)
         factor = update.rate / unit
-        if seen.loss is None:
-            decision = Decision(machine.rate, machine.phase)
-        else:
-            decision = machine.update(
-                step=session.step,
-                loss=seen.loss,
-                eta_crit=seen.eta_crit,
-                smoothing=seen.smoothing,
-                squared_error=seen.squared_error,
-            )
+        decision = session.decide(machine, seen)
         if seen.vector is not None:
             self._vector = dict(zip(session.params, seen.vector, strict=True))
         if decision.take_snapshot:
             self._snapshot = {p: p.detach().clone() for p in session.params}
             self._buffers = {name: b.clone() for name, b in session.buffers().items()}
-        measure_in = None if seen.loss is None else decision.measure_in
-        session.record(seen, factor * decision.rate, decision.phase, decision.events, measure_in, alarm=decision.alarm)
+        session.record(seen, factor * decision.rate, decision)
         self._apply(optimizer, decision, unit)
 
     def _apply(self, optimizer: Optimizer, decision: Decision, unit: float) -> None:

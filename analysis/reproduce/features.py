@@ -301,13 +301,20 @@ _FULL_RANK: dict[str, Any] = {
 }  # fmt: skip
 
 
+# Of tasks of images, at the quick scale.
+_FEW_IMAGES: dict[str, Any] = {"n": 60, "n_eval": 40, "width": 16, "reference_steps": 20}
+
+
 def _image_scales(name: str, full: dict[str, Any], recorded: dict[str, Any], **changes: Any) -> dict[str, Setting]:
     """Of one task of images; ``changes`` are for the recorded and the quick scale."""
-    tiny = {**recorded, "n": 60, "n_eval": 40, "width": 16, "reference_steps": 20}
     return {
         "full": {"evaluate_every": 5, "seeds": 3, "tasks": {name: full}},
         "recorded": {"evaluate_every": 5, "seeds": 2, "tasks": {name: {**full, **recorded, **changes}}},
-        "quick": {"evaluate_every": 20, "seeds": 1, "tasks": {name: {**full, **tiny, **changes, "increases": [0, 3]}}},
+        "quick": {
+            "evaluate_every": 20,
+            "seeds": 1,
+            "tasks": {name: {**full, **recorded, **_FEW_IMAGES, **changes, "increases": [0, 3]}},
+        },
     }
 
 
@@ -437,13 +444,12 @@ def _image_optimizer_scales(name: str, full: dict[str, Any], recorded: dict[str,
     keys = ("n", "n_eval", "image_size", "reference_steps", "network", "width", "depth")
     spec = {key: full[key] for key in keys}
     small = {"steps": 150, "gd_steps": 80, "evaluate_every": 25, "seeds": 1}
-    tiny = {**recorded, "n": 60, "n_eval": 40, "width": 16, "reference_steps": 20}
     return {
         "full": {**_OPTIMIZER_FULL, "tasks": {name: spec}},
         "recorded": {**_OPTIMIZER_FULL, **small, "tasks": {name: {**spec, **recorded}}},
         "quick": {
             **_OPTIMIZER_FULL, **small, "steps": 10, "gd_steps": 5, "evaluate_every": 5, "seeds": 1,
-            "tasks": {name: {**spec, **tiny}},
+            "tasks": {name: {**spec, **recorded, **_FEW_IMAGES}},
         },
     }  # fmt: skip
 
