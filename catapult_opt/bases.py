@@ -38,27 +38,34 @@ def next_update(
 
     Args:
         optimizer: whose step is about to be made.
-        scale: False where the scale is not needed: finding P takes about as long as the update.
+        scale: False where the scale is not needed, on a step that is not measured: finding P takes about as long as
+            the update.
         part: the part of its group's rate that a parameter moves at; None: all of it.
 
     Raises:
         TypeError: not one of torch's SGD, Adam, AdamW, RMSprop, Adagrad.
     """
-    members = [(g, p) for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
-    groups = {id(g): g for g, _ in members}.values()
-    rates = [float(g["lr"]) for g, _ in members]
-    largest = max(rates)
-    parts = [1.0 if part is None else part(p) for _, p in members]
-    relative = [f * (r / largest if largest else 1.0) for r, f in zip(rates, parts, strict=True)]
+    groups = [g for g in optimizer.param_groups if any(p.requires_grad for p in g["params"])]
+    largest = max(float(g["lr"]) for g in groups)
+    noisy = _noisy(groups)
     if _is_sgd(optimizer):
-        rated: Scale = None if all(r == 1.0 for r in relative) else relative
-        return BaseUpdate(largest, rated, lambda lam: min(_sgd(g, lam) for g in groups), _noisy(groups))
+        rated = _relative(groups, largest, part) if scale else []
+        plain = all(r == 1.0 for r in rated)
+        return BaseUpdate(largest, None if plain else rated, lambda lam: min(_sgd(g, lam) for g in groups), noisy)
     inverse, critical = _ADAPTIVE[_adaptive_kind(optimizer)]
     tensors: Scale = None
     if scale:
-        scales = (r * inverse(g, p, optimizer.state.get(p, {})) for r, (g, p) in zip(relative, members, strict=True))
+        rated = _relative(groups, largest, part)
+        members = ((g, p) for g in groups for p in g["params"] if p.requires_grad)
+        scales = (r * inverse(g, p, optimizer.state.get(p, {})) for r, (g, p) in zip(rated, members, strict=True))
         tensors = [local(x) for x in scales]
-    return BaseUpdate(largest, tensors, lambda lam: min(critical(g, lam) for g in groups), _noisy(groups))
+    return BaseUpdate(largest, tensors, lambda lam: min(critical(g, lam) for g in groups), noisy)
+
+
+def _relative(groups: Iterable[Group], largest: float, part: Callable[[Tensor], float] | None) -> list[float]:
+    """The rate of each trainable parameter over the largest."""
+    members = [(float(g["lr"]), p) for g in groups for p in g["params"] if p.requires_grad]
+    return [(1.0 if part is None else part(p)) * (r / largest if largest else 1.0) for r, p in members]
 
 
 def _noisy(groups: Iterable[Group]) -> float:

@@ -317,12 +317,16 @@ class _Hook:
     def __init__(self, capture: Capture | None = None, method: str = "") -> None:
         self._capture = None if capture is None else weakref.ref(capture)
         self._method = method
-        self._call = _call if capture is None else torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
+        self._outside = _call if capture is None else torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
 
     def __call__(self, *args: Any) -> None:
         capture = self._capture() if self._capture is not None else None
-        if capture is not None:
-            self._call(capture, self._method, torch.compiler.is_compiling(), args)
+        if capture is None:
+            return
+        if torch.compiler.is_compiling():
+            self._outside(capture, self._method, True, args)
+        else:  # the way outside takes its time
+            _call(capture, self._method, False, args)
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()

@@ -316,7 +316,7 @@ class Session:
             self._check_params()
         calls = [] if problem else self.capture.take()
         values = [c.value * c.weight for c in calls if c.weight is not None]
-        late = torch.stack(values).sum() if values else torch.zeros((), device=self.params[0].device)
+        late = _summed(values) if values else torch.zeros((), device=self.params[0].device)
         read = need_loss or self.capture.armed or late.device.type == "cpu"
         if self._group.size > 1:
             # A rank without data may go along, but not where weights are gathered: that needs its forward passes.
@@ -740,6 +740,10 @@ def _catch_up(
         _write(entry, number, counter, writer)
     waiting.clear()
     return None if loss is None else numbers[-1]
+
+
+def _summed(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).sum()
 
 
 def _write(entry: _Entry, loss: float, counter: CatapultCounter, writer: RunLogWriter | None) -> None:

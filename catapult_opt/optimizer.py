@@ -28,7 +28,9 @@ from .scaling import LossScaler
 _VECTOR = "catapult_vector"  # warm start of the next measurement
 _SNAPSHOT = "catapult_snapshot"  # weights to return to from a catapult that does not come back
 _BUFFERS = "catapult_buffers"  # BatchNorm statistics and the like to return to, as text: a group holds no tensors
-_STATE = "catapult_state"  # everything else, as a JSON string: immutable, and survives every kind of checkpoint
+# Everything else, as a JSON string, which is immutable and survives every kind of checkpoint. Written when somebody asks
+# for the state; "" means that what is known here is newer.
+_STATE = "catapult_state"
 
 
 class CatapultSGD(Optimizer):
@@ -124,7 +126,7 @@ class CatapultSGD(Optimizer):
         super().__init__(params, defaults)
         self._session: Session | None = None
         self._machine: Catapulter | None = None
-        self._written: str | None = None
+        self._written = ""
         if model is not None:
             self.attach(
                 model=model,
@@ -204,12 +206,13 @@ class CatapultSGD(Optimizer):
             share=policy.measure_share,
         )
         self.detach()
-        self._session, self._machine, self._written = session, Catapulter(policy), None
+        self._session, self._machine, self._written = session, Catapulter(policy), ""
         self._complete_groups()
 
     def detach(self) -> None:
         """Remove the hooks from model and criterion and close the log. `step()` then needs a new `attach`."""
         if self._session is not None:
+            self._store()
             self._session.detach()
         self._session = self._machine = None
 
@@ -247,9 +250,12 @@ class CatapultSGD(Optimizer):
         """
         if self._machine is None or p.ndim >= 2:
             return 1.0
-        # Lazily: this is asked for every vector of every step, and the first matrix answers it.
+        return self._vector_part()
+
+    def _vector_part(self) -> float:
+        assert self._machine is not None
         matrices = (q.ndim >= 2 and q.requires_grad for group in self.param_groups for q in group["params"])
-        return self._machine.policy.vectors if any(matrices) else 1.0
+        return self._machine.policy.vectors if any(matrices) else 1.0  # the first matrix answers it
 
     def log_metrics(self, **values: float) -> None:
         """Log metrics at the present step, e.g. val_loss=0.3; names that start with `val` rank runs in the report."""
@@ -261,17 +267,22 @@ class CatapultSGD(Optimizer):
         # Absent after unpickling and deep copies (the state of an Optimizer is its groups), kept by load_state_dict.
         self.__dict__.setdefault("_session", None)
         self.__dict__.setdefault("_machine", None)
-        self.__dict__.setdefault("_written", None)
+        self.__dict__.setdefault("_written", "")
         for group in self.param_groups:  # of a state dict of an older torch.optim.SGD
             group.setdefault("nesterov", False)
             group.setdefault("maximize", False)
             group.setdefault("foreach", None)
             group.setdefault("differentiable", False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: as the state dict, with the controller's state of this very step."""
+        self._store()
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
     def state_dict(self) -> dict[str, Any]:
         """torch's own, with the controller's state of this very step."""
-        if self._session is not None and self._session.catch_up():
-            self._store()
+        self._store()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -325,11 +336,11 @@ class CatapultSGD(Optimizer):
                 self._update(decision.rate, brake=decision.brake)
 
     def _decide(self) -> Decision:
-        """Observe the step, ask the policy on measured ones, log, and keep the state where checkpoints see it."""
+        """Observe the step, ask the policy on measured ones, and log."""
         session, machine = self._session, self._machine
         assert session is not None and machine is not None
         self._load()
-        update = next_update(self, part=self.rate_part)
+        update = next_update(self, scale=session.capture.armed, part=self.rate_part)
         seen = session.observe(self._start(), update, need_loss=machine.phase != "settle")
         self._prepare_state()
         decision = session.decide(machine, seen)
@@ -346,7 +357,9 @@ class CatapultSGD(Optimizer):
         if seen.smoothing > 1:
             averages = {"eta_crit_mean": machine.eta_crit, "log_lambda_sd": machine.spread}
         session.record(seen, update.rate * decision.rate, decision, averages)
-        self._store()
+        self._written = ""
+        for group in self.param_groups:
+            group[_STATE] = ""
         return decision
 
     def _start(self) -> Vector | None:
@@ -371,11 +384,12 @@ class CatapultSGD(Optimizer):
             lr = group["effective_lr"] = float(lr) * rate
             if brake:
                 self._stop(params)
-            parts: dict[float, list[Tensor]] = {}
-            for p in params:
-                parts.setdefault(self.rate_part(p), []).append(p)
-            for part, members in parts.items():
-                self._move(group, members, lr * part)
+            part = self._vector_part()
+            if part == 1.0:
+                self._move(group, params, lr)
+            else:
+                self._move(group, [p for p in params if p.ndim >= 2], lr)
+                self._move(group, [p for p in params if p.ndim < 2], lr * part)
 
     def _move(self, group: dict[str, Any], params: list[Tensor], lr: float | Tensor) -> None:
         momentum = group["momentum"]
@@ -422,16 +436,17 @@ class CatapultSGD(Optimizer):
 
     def _complete_groups(self) -> None:
         """What a controlled optimizer's groups hold; take over the state they bring along, if any."""
-        if self.param_groups[0].get(_STATE):
-            self._load()
-        else:
-            self._store()
+        self._load()
         for group in self.param_groups:
             group.setdefault("effective_lr", 0.0)
             group.setdefault(_BUFFERS, "")
+            group.setdefault(_STATE, "")
 
     def _store(self) -> None:
-        assert self._session is not None and self._machine is not None
+        """Into the groups; what a copy without a model has there stays."""
+        if self._session is None or self._machine is None:
+            return
+        self._session.catch_up()
         state = {"session": self._session.state_dict(), "machine": self._machine.state_dict()}
         self._written = json.dumps(state)
         for group in self.param_groups:

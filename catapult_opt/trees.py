@@ -20,6 +20,8 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
     """Values of 0-d tensors in one transfer. Waits for the device: the hot path of a step must not come here."""
+    if len(tensors) == 1:
+        return [float(tensors[0])]
     return [float(x) for x in torch.stack([t.to(tensors[0].device) for t in tensors]).tolist()]
 
 

@@ -58,7 +58,7 @@ def train(kind: str, rank: int, ranks: int, model: nn.Module, **settings: Any) -
         "ntk": watch.last.ntk_lambda_max,
         "weights": [p.detach().clone() for p in model.parameters()],
         "super_critical": watch.super_critical_steps,
-        "state": optimizer.param_groups[0].get("catapult_state"),
+        "state": optimizer.state_dict()["param_groups"][0].get("catapult_state"),
     }
 
 
