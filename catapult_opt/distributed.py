@@ -12,7 +12,7 @@ tensors: under `Shards` those of the rank's own parts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -58,8 +58,9 @@ class Alone:
         """Mean over the ranks where they run their forward passes in step (gathering weights), else this rank's own."""
         return number
 
-    def average_(self, product: Vector) -> None:
-        """Replace a product with the ranks' own curvature by that with the curvature of the whole loss."""
+    def averaged(self, product: Vector) -> Vector:
+        """From products with the ranks' own curvature to that with the curvature of the whole loss."""
+        return product
 
     @property
     def total(self) -> Total | None:
@@ -81,7 +82,7 @@ class Alone:
         """What the parameters hold now, to be put back."""
         return [p.data for p in params]
 
-    def put(self, params: Sequence[Tensor], weights: Vector) -> None:
+    def put(self, params: Sequence[Tensor], weights: Iterable[Tensor]) -> None:
         """Let the parameters hold other weights, by pointer."""
         for p, w in zip(params, weights, strict=True):
             p.data = w
@@ -115,14 +116,17 @@ class Replicas(_Ranks):
     def __init__(self, process_group: Any, device: torch.device) -> None:
         super().__init__([process_group], dist.get_world_size(process_group), device)
 
-    def average_(self, product: Vector) -> None:
-        kinds = {(x.dtype, x.device) for x in product}
-        for members in ([x for x in product if (x.dtype, x.device) == kind] for kind in sorted(kinds, key=str)):
-            flat = torch.cat([x.reshape(-1) for x in members])
+    def averaged(self, product: Vector) -> Vector:
+        found = list(product)
+        kinds = [(x.dtype, x.device) for x in product]
+        for kind in sorted(set(kinds), key=str):
+            places = [i for i, other in enumerate(kinds) if other == kind]
+            flat = torch.cat([product[i].reshape(-1) for i in places])
             dist.all_reduce(flat, group=self._groups[0])
-            parts = torch.split(flat.div_(self.size), [x.numel() for x in members])
-            for x, part in zip(members, parts, strict=True):
-                x.copy_(part.view_as(x))
+            parts = torch.split(flat.div_(self.size), [product[i].numel() for i in places])
+            for i, part in zip(places, parts, strict=True):
+                found[i] = part.view(product[i].shape)
+        return found
 
 
 class Shards(_Ranks):
@@ -187,7 +191,7 @@ class Shards(_Ranks):
     def weights(self, params: Sequence[Tensor]) -> Vector:
         return [local(p).clone() for p in params]
 
-    def put(self, params: Sequence[Tensor], weights: Vector) -> None:
+    def put(self, params: Sequence[Tensor], weights: Iterable[Tensor]) -> None:
         for p, w in zip(params, weights, strict=True):
             local(p).data.copy_(w)  # as .data: no new version
         reshard(self._model)

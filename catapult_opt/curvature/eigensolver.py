@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg
 import torch
 from torch import Tensor
 
-from .vectors import Total, Vector, add_, combine, dot, norm, scaled
+from .vectors import Total, Vector, add_, combine, dots, norm, scaled
 
 Matrix = npt.NDArray[np.float64]
 
@@ -55,7 +54,7 @@ def top_eigenvalue(
     one product it is |A v|^2 / v.A v. One vector a product is kept.
 
     Args:
-        matvec: v -> A v; one tensor per parameter in, the same out.
+        matvec: v -> A v; one tensor per parameter in, the same out, in a list that is emptied.
         start: start vector, any length but zero.
         tol: relative accuracy asked for. Stop when the estimate grew by less than this fraction over the last product
             and the residual is below sqrt(tol)/4 (its square over the gap to the next eigenvalue is the error), or,
@@ -198,6 +197,7 @@ class _Krylov:
     def append(self, vector: Vector, product: Vector) -> None:
         """A vector orthogonal to the basis, and its product."""
         self.basis.append(vector)
+        product = list(product) if product is vector else product
         column, self.rest = _split(product, self.basis, self._total)
         if not np.isfinite(column).all():
             raise FloatingPointError("a curvature product was not finite")
@@ -215,10 +215,8 @@ class _Krylov:
         value = theta
         if semidefinite and theta > 0:
             # Dividing by v.A v is safe only where that is clear of the products' own error.
-            safe = vectors[:, thetas > _SAFE * theta]
-            harmonic = scipy.linalg.eigh(
-                safe.T @ self.ww @ safe, np.diag(thetas[thetas > _SAFE * theta]), eigvals_only=True
-            )
+            safe = vectors[:, thetas > _SAFE * theta] / np.sqrt(thetas[thetas > _SAFE * theta])
+            harmonic = np.linalg.eigvalsh(safe.T @ self.ww @ safe)
             value = min(max(theta, float(harmonic[-1])), theta * (1 + residual))
         return _Ritz(value, theta, c, residual)
 
@@ -239,31 +237,57 @@ class _Krylov:
     def extend(self, ritz: _Ritz) -> Vector:
         """The next basis vector, [] if there is none; a full basis restarts from its Ritz vector."""
         if self.rest and len(self.basis) == _BASIS:
-            top = self.ritz_vector(ritz)
-            product = combine([*self.basis, self.rest], [float(x) for x in self.hessenberg @ ritz.coefficients])
-            self.basis, self.rest, self.hessenberg = [], [], np.zeros((1, 0))
-            self.append(top, product)
+            # A v = theta v + (what is left, along `rest`) for the Ritz pair of a symmetric A.
+            self.basis = [self._unit(self.ritz_vector(ritz))]
+            self.hessenberg = np.array([[ritz.theta], [self.hessenberg[-1] @ ritz.coefficients]])
+            # Rounding, which would add up from one restart to the next.
+            add_(self.rest, self.basis, [-float(_overlaps(self.basis, self.rest, self._total)[0])])
+            self._unit(self.rest)
         return self.rest
+
+    def _unit(self, vector: Vector) -> Vector:
+        """Scaled in place."""
+        length = float(norm(vector, self._total))
+        for x in vector:
+            x.mul_(1.0 / length)
+        return vector
 
 
 def _split(vector: Vector, basis: list[Vector], total: Total | None) -> tuple[Matrix, Vector]:
-    """Coefficients of a vector in the basis and along the unit vector that is left, and that one ([]: nothing left)."""
-    overlaps = np.zeros(len(basis))
-    left, rest = scaled(vector, 1.0), math.inf  # ours to change
-    for _ in range(2):
-        inner = torch.stack([dot(v, left) for v in basis])
-        parts = (inner if total is None else total(inner)).double().cpu().numpy()  # one transfer from the device
+    """Coefficients of a vector in the basis and along the unit vector that is left, and that one ([]: nothing left).
+
+    The vector is used up: its tensors are let go one by one.
+    """
+    parts = _overlaps(basis, vector, total)
+    left = _less(vector, basis, parts)
+    overlaps, rest = parts, float(norm(left, total))
+    if not rest > _CANCELLED * float(np.linalg.norm(overlaps)):
+        parts = _overlaps(basis, left, total)
         add_(left, basis, [-float(part) for part in parts])
-        overlaps += parts
-        rest = float(norm(left, total))
-        if rest > _CANCELLED * float(np.linalg.norm(overlaps)):
-            break
+        overlaps, rest = overlaps + parts, float(norm(left, total))
     column = np.append(overlaps, rest)
     if not rest > 1e-5 * float(np.linalg.norm(column)):
         return column, []
     for x in left:
         x.mul_(1.0 / rest)
     return column, left
+
+
+def _overlaps(basis: list[Vector], vector: Vector, total: Total | None) -> Matrix:
+    inner = dots(basis, vector)
+    return (inner if total is None else total(inner)).double().cpu().numpy()  # one transfer from the device
+
+
+def _less(vector: Vector, basis: list[Vector], parts: Matrix) -> Vector:
+    """The vector minus its parts in the basis: new tensors, as what a product returns may not be ours to change."""
+    left = []
+    vector.reverse()
+    for members in zip(*basis, strict=True):
+        x = vector.pop()
+        for i, (member, part) in enumerate(zip(members, parts, strict=True)):
+            x = torch.add(x, member, alpha=-float(part)) if i == 0 else x.add_(member, alpha=-float(part))
+        left.append(x)
+    return left
 
 
 def _positive(length: float) -> float:

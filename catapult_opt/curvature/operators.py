@@ -25,6 +25,9 @@ from .vectors import Vector, dot, norm, random_unit, scaled
 
 Scale = Sequence[float | Tensor] | None
 
+# A vector in the making; None: zeros. What autograd returns may be memory of others: not to be changed.
+Pulled = list[Tensor | None]
+
 # Size of the step's effect on the outputs, relative to their spread: large against rounding, small against curvature.
 # In float32, 1e-4 to 1e-3 leave errors of lambda below 1e-3 on calm networks; in the middle of a spike, where the
 # network is most curved, 2e-4 leaves about 1 %, 5e-4 up to 10 % and 2e-3 up to 26 % (benchmarks/models.py).
@@ -76,6 +79,11 @@ class _JacobianOperator:
         self._mover = _Mover(self._params, scale, group)
         self._linearize: Linearizer = ENGINES[engine](model, self._mover, calls, step)
 
+    def _product(self, total: Pulled) -> Vector:
+        """D^(1/2) times the mean over the ranks of J^T s; the weights back in place, as those moved take memory."""
+        self._mover.back()
+        return self._mover.scaled(self._group.averaged(_whole(total, self._params)))
+
 
 class GGN(_JacobianOperator):
     """Generalized Gauss-Newton matrix of the step's loss: sum over its terms of J^T H_out J (weights contained).
@@ -90,11 +98,10 @@ class GGN(_JacobianOperator):
 
     def matvec(self, v: Vector) -> Vector:
         """G v."""
-        total = [torch.zeros_like(x) for x in v]
+        total: Pulled = []
         for call, hessian, (outputs, tangents) in zip(self._calls, self.hessians, self._linearize(v), strict=True):
-            _accumulate(total, outputs, _through_loss(call, hessian, tangents), self._params, self._group)
-        self._group.average_(total)
-        return self._mover.scaled(total)
+            total = _sum(total, _pull(outputs, _through_loss(call, hessian, tangents), self._params, self._group))
+        return self._product(total)
 
 
 class NTK(_JacobianOperator):
@@ -107,9 +114,8 @@ class NTK(_JacobianOperator):
     def matvec(self, u: Vector) -> Vector:
         """K u."""
         self._mover.back()
-        pulled = [torch.zeros_like(p) for p in self._params]
         outputs = [t for call in self._calls for t in _outputs(self._model, call)]
-        _accumulate(pulled, outputs, u, self._params)
+        pulled = _whole(_pull(outputs, u, self._params), self._params)
         size = float(norm(pulled))
         if size == 0:
             return [torch.zeros_like(x) for x in u]
@@ -257,18 +263,17 @@ class LossHessian:
     def matvec(self, v: Vector) -> Vector:
         """H v."""
         product = self._exact(v) if self._engine == "double-backward" else self._difference(v)
-        self._group.average_(product)
-        return self._mover.scaled(product)
+        return self._mover.scaled(self._group.averaged(product))
 
     def _exact(self, v: Vector) -> Vector:
         directions = self._mover.scaled(v)
-        total = [torch.zeros_like(x) for x in v]
+        total: Pulled = []
         for loss in self._losses():
             gradient = torch.autograd.grad(loss, self._params, create_graph=True, allow_unused=True)
             used = [(g, d) for g, d in zip(gradient, directions, strict=True) if g is not None and g.requires_grad]
             if used:
-                _accumulate(total, [g for g, _ in used], [d for _, d in used], self._params)
-        return total
+                total = _sum(total, _pull([g for g, _ in used], [d for _, d in used], self._params))
+        return _whole(total, self._params)
 
     def _difference(self, v: Vector) -> Vector:
         """(grad L(w + eps v) - grad L(w - eps v)) / (2 eps).
@@ -298,10 +303,10 @@ class LossHessian:
 
     def _gradient(self, v: Vector, eps: float) -> Vector:
         self._mover.move(v, eps)
-        total = [torch.zeros_like(x) for x in v]
+        total: Pulled = []
         for loss in self._losses():
-            _accumulate(total, [loss], [torch.ones_like(loss)], self._params, self._group)
-        return total
+            total = _sum(total, _pull([loss], [torch.ones_like(loss)], self._params, self._group))
+        return _whole(total, self._params)
 
     def _losses(self) -> Iterator[Tensor]:
         for call in self._calls:
@@ -320,9 +325,10 @@ class _Mover:
         self.norm = float(norm(self._origin, group.total)) or 1.0
 
     def move(self, v: Vector, eps: float) -> None:
-        self.group.put(
-            self.params, [torch.add(w, x, alpha=eps) for w, x in zip(self._origin, self.scaled(v), strict=True)]
-        )
+        # One by one, so that those of the last move are let go on the way.
+        roots = self._roots or [None] * len(v)
+        moves = zip(self._origin, v, roots, strict=True)
+        self.group.put(self.params, (torch.add(w, x if r is None else x * r, alpha=eps) for w, x, r in moves))
 
     def back(self) -> None:
         """To w itself."""
@@ -372,8 +378,7 @@ def adjoint_error(
     mover.back()
     outputs = _outputs(model, call)
     u = random_unit(outputs)
-    pulled = [torch.zeros_like(local(p)) for p in params]
-    _accumulate(pulled, outputs, u, list(params), group)
+    pulled = _whole(_pull(outputs, u, params, group), params)
     length = float(norm(pulled, group.total))
     if length == 0:
         return 0.0
@@ -403,21 +408,26 @@ def _through_loss(call: LossCall, hessian: OutputHessian, tangents: list[Tensor]
     return [back.get(id(o)) for o in outputs]
 
 
-def _accumulate(
-    total: Vector,
-    outputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor | None],
-    params: list[Tensor],
-    group: Group = ALONE,
-) -> None:
-    """total += J^T s, without touching .grad."""
+def _pull(
+    outputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], params: Sequence[Tensor], group: Group = ALONE
+) -> Pulled:
+    """J^T s, without touching .grad."""
     pairs = [(o, s.to(o.dtype)) for o, s in zip(outputs, cotangents, strict=True) if s is not None and o.requires_grad]
     if not pairs:
-        return
+        return []
     got = group.gradients([o for o, _ in pairs], [s for _, s in pairs], params)
-    for x, g in zip(total, got, strict=True):
-        if g is not None:
-            x.add_(g)
+    return [g.to_dense() if g is not None and g.is_sparse else g for g in got]
+
+
+def _sum(a: Pulled, b: Pulled) -> Pulled:
+    if not (a and b):
+        return a or b
+    return [y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)]
+
+
+def _whole(pulled: Pulled, params: Sequence[Tensor]) -> Vector:
+    found = pulled or [None] * len(params)
+    return [torch.zeros_like(local(p)) if x is None else x for x, p in zip(found, params, strict=True)]
 
 
 def _relative_move(outputs: Sequence[Tensor], bases: Sequence[Tensor]) -> float:

@@ -13,8 +13,14 @@ Total = Callable[[Tensor], Tensor]  # sums inner products over the processes, wh
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Inner product of two vectors, a 0-d tensor on the first tensor's device."""
-    parts = [torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)]  # no temporary
-    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+    return dots([a], b)[0]
+
+
+def dots(vectors: Sequence[Sequence[Tensor]], b: Sequence[Tensor]) -> Tensor:
+    """Inner products of several vectors with one, a tensor on the first tensor's device."""
+    flat = [y.reshape(-1) for y in b]
+    parts = [torch.dot(x.reshape(-1), y) for a in vectors for x, y in zip(a, flat, strict=True)]  # no temporary
+    return torch.stack([part.to(parts[0].device) for part in parts]).view(len(vectors), -1).sum(1)
 
 
 def norm(a: Sequence[Tensor], total: Total | None = None) -> Tensor:
