@@ -264,6 +264,17 @@ def test_resume_through_distributed_checkpoint(name: str, flat: bool, tmp_path: 
         assert_resumes(name, after, way)
 
 
+@some_configurations
+def test_asking_for_the_state_changes_nothing_of_the_run(name: str) -> None:
+    """It is written when somebody asks: a run asked at every step, in three ways, is the one never asked."""
+    run = Run(name)
+    for i, expected in enumerate(uninterrupted(name)):
+        ways = (run.optimizer.state_dict, partial(copy.deepcopy, run.optimizer), partial(pickle.dumps, run.optimizer))
+        ways[i % 3]()
+        assert run.optimizer.param_groups[0]["catapult_state"]
+        assert run.advance() == [expected]
+
+
 def test_resume_before_the_first_step() -> None:
     for way in WAYS.values():
         if way is not through_older_self:
