@@ -28,8 +28,8 @@ from .scaling import LossScaler
 _VECTOR = "catapult_vector"  # warm start of the next measurement
 _SNAPSHOT = "catapult_snapshot"  # weights to return to from a catapult that does not come back
 _BUFFERS = "catapult_buffers"  # BatchNorm statistics and the like to return to, as text: a group holds no tensors
-# Everything else, as a JSON string, which is immutable and survives every kind of checkpoint. Written when somebody asks
-# for the state; "" means that what is known here is newer.
+# Everything else, as a JSON string: immutable, and survives every kind of checkpoint. Written when somebody asks; ""
+# where what is known here is newer.
 _STATE = "catapult_state"
 
 
