@@ -22,6 +22,7 @@ from typing import Any
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from catapult_opt import CatapultLR, CatapultMonitor, CatapultPolicy, CatapultSGD, policy
 
@@ -38,10 +39,16 @@ class Setup:
     seed: int = 0
     lr: float | None = None  # of a tuned contender
     given: Any = None  # what a control takes over from the run of CatapultSGD with the same seed
+    repeated: bool = False  # is every batch the same, the whole training set?
     policy: dict[str, Any] = field(default_factory=dict)  # changes to the default policy
 
     def catapult_policy(self, **settings: Any) -> CatapultPolicy:
         return CatapultPolicy(**{**settings, **self.policy})
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups in the proportion that they move at under CatapultSGD."""
+        return proportioned(self.model, self.catapult_policy().vectors if self.repeated else 1.0)
 
 
 class Driver:
@@ -82,6 +89,22 @@ class Driver:
         yield self.model if self._averager is None else self._averager.averaged_model
 
 
+class Averaged:
+    """An exponential moving average of the weights over the last fifty steps or so (torch's own)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.98))
+
+    def step(self) -> None:
+        self._average.update_parameters(self._model)
+
+    @property
+    def averaged_model(self) -> nn.Module:
+        averaged: nn.Module = self._average.module
+        return averaged
+
+
 class ScheduleFree(Driver):
     """Its weights to be evaluated are other ones than those it trains at."""
 
@@ -107,7 +130,7 @@ class Controlled(Driver):
         observe: Callable[[SGD], CatapultMonitor | CatapultLR],
         rule: Callable[[float, float, float], float],
     ) -> None:
-        super().__init__(setup.model, SGD(proportioned(setup.model, setup.catapult_policy().vectors), lr=1.0))
+        super().__init__(setup.model, SGD(setup.groups, lr=1.0))
         self._observer, self._rule = observe(self.optimizer), rule
         self._parts = [group["lr"] for group in self.optimizer.param_groups]
         self._rate, self._loss = 0.0, math.nan
@@ -136,7 +159,7 @@ class Controlled(Driver):
 
 
 def proportioned(model: nn.Module, vectors: float) -> list[dict[str, Any]]:
-    """Groups in which biases and other vectors move at that part of the matrices' rate, as under CatapultSGD."""
+    """Groups in which biases and other vectors move at that part of the matrices' rate."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "lr": 1.0}, {"params": others, "lr": vectors}]
@@ -171,9 +194,10 @@ class Contender:
         return f"{self.label} is left out: {self.package} is missing (pip install --no-deps -r constraints-bench.txt)"
 
 
-def _sgd(setup: Setup, *, momentum: float = 0.0, cosine: bool = False) -> Driver:
+def _sgd(setup: Setup, *, momentum: float = 0.0, cosine: bool = False, averaged: bool = False) -> Driver:
     optimizer = SGD(setup.model.parameters(), lr=setup.lr, momentum=momentum)
-    return Driver(setup.model, optimizer, CosineAnnealingLR(optimizer, setup.steps) if cosine else None)
+    scheduler = CosineAnnealingLR(optimizer, setup.steps) if cosine else None
+    return Driver(setup.model, optimizer, scheduler, Averaged(setup.model) if averaged else None)
 
 
 def _adamw(setup: Setup, *, cosine: bool = False) -> Driver:
@@ -202,11 +226,11 @@ def _schedule_free(setup: Setup, *, kind: str) -> Driver:
     return ScheduleFree(setup.model, optimizer)
 
 
-def _catapult(setup: Setup, *, length: bool = False, **settings: Any) -> Driver:
+def _catapult(setup: Setup, *, length: bool = False, averaged: bool = False, **settings: Any) -> Driver:
     chosen = setup.catapult_policy(**({"total_steps": setup.steps} if length else {}))
     model = setup.model
     optimizer = CatapultSGD(model.parameters(), model=model, criterion=setup.criterion, policy=chosen, **settings)
-    return Driver(setup.model, optimizer)
+    return Driver(setup.model, optimizer, averager=Averaged(setup.model) if averaged else None)
 
 
 def _capped(setup: Setup) -> Driver:
@@ -225,8 +249,7 @@ def _watched(setup: Setup) -> Callable[[SGD], CatapultMonitor]:
 
 def _mean_rate(setup: Setup) -> Driver:
     """The mean of the rates that CatapultSGD applied, all the way."""
-    groups = proportioned(setup.model, setup.catapult_policy().vectors)
-    optimizer = SGD([{**group, "lr": group["lr"] * setup.given} for group in groups], lr=setup.given)
+    optimizer = SGD([{**group, "lr": group["lr"] * setup.given} for group in setup.groups], lr=setup.given)
     return Driver(setup.model, optimizer)
 
 
@@ -326,6 +349,7 @@ CONTENDERS: dict[str, Contender] = {
     for c in (
         _baseline("sgd", "SGD", "sgd", _sgd, start=_half_critical),
         _baseline("sgd-cosine", "SGD, cosine", "sgd", _sgd, settings={"cosine": True}, after="sgd"),
+        _baseline("sgd-averaged", "SGD, averaged", "sgd", _sgd, settings={"averaged": True}, after="sgd"),
         _baseline("momentum", "SGD .9", "sgd", _sgd, settings={"momentum": 0.9}, start=_momentum_start),
         _baseline(
             "momentum-cosine", "SGD .9, cosine", "sgd", _sgd,
@@ -353,6 +377,7 @@ CONTENDERS: dict[str, Contender] = {
             "catapult-m-T", "CatapultSGD .9, total_steps", "catapult", _catapult,
             settings={"momentum": 0.9, "length": True},
         ),
+        _own("catapult-averaged", "CatapultSGD, averaged", "catapult", _catapult, settings={"averaged": True}),
         _own("catapult-5", "CatapultSGD, 5 % overhead", "catapult", _catapult, settings={"overhead": 0.05}),
         _own("capped", f"controller capped at {BELOW:g} eta_crit", "control", _capped),
         _own("mean-rate", "constant, CatapultSGD's mean rate", "control", _mean_rate, follows=lambda r: r["mean_rate"]),

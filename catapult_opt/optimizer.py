@@ -255,7 +255,7 @@ class CatapultSGD(Optimizer):
     def _vector_part(self) -> float:
         assert self._machine is not None
         matrices = (q.ndim >= 2 and q.requires_grad for group in self.param_groups for q in group["params"])
-        return self._machine.policy.vectors if any(matrices) else 1.0  # the first matrix answers it
+        return self._machine.vectors if any(matrices) else 1.0  # the first matrix answers it
 
     def log_metrics(self, **values: float) -> None:
         """Log metrics at the present step, e.g. val_loss=0.3; names that start with `val` rank runs in the report."""
@@ -329,17 +329,18 @@ class CatapultSGD(Optimizer):
             self._prepare_state()
             self._update(0.0)
         else:
+            self._load()
+            part = self._vector_part()  # that the step is measured with
             decision = self._decide()
             if decision.restore:
                 self._restore()
             else:
-                self._update(decision.rate, brake=decision.brake)
+                self._update(decision.rate, part, brake=decision.brake)
 
     def _decide(self) -> Decision:
         """Observe the step, ask the policy on measured ones, and log."""
         session, machine = self._session, self._machine
         assert session is not None and machine is not None
-        self._load()
         update = next_update(self, scale=session.capture.armed, part=self.rate_part)
         seen = session.observe(self._start(), update, need_loss=machine.phase != "settle")
         self._prepare_state()
@@ -373,8 +374,8 @@ class CatapultSGD(Optimizer):
             for p, v in zip(self._session.params, kept, strict=True)
         ]
 
-    def _update(self, rate: float | None, brake: bool = False) -> None:
-        """torch's own SGD update at lr * rate (None: at lr), from rest with brake."""
+    def _update(self, rate: float | None, part: float = 1.0, brake: bool = False) -> None:
+        """torch's own SGD update at lr * rate (None: at lr), biases and other vectors at a part of it."""
         for group in self.param_groups:
             params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             lr = group["lr"]
@@ -384,7 +385,6 @@ class CatapultSGD(Optimizer):
             lr = group["effective_lr"] = float(lr) * rate
             if brake:
                 self._stop(params)
-            part = self._vector_part()
             if part == 1.0:
                 self._move(group, params, lr)
             else:

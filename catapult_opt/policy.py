@@ -21,6 +21,12 @@ _LEAST_LOG = -600.0  # of a rate: its exponential is still a number
 _LEAST = 1e-6
 # A spike above this many times the first loss is watched step by step.
 _HIGH = 10.0
+# A loss this many times what it settled at is a new training.
+_AGAIN = 10.0
+# A critical rate this many times above that of the attempt: no catapult lowers the curvature so far, dead units do.
+_COLLAPSED = 1e4
+# Standard deviation of the log curvature that is ordinary for mini-batches: caution begins above it.
+_ORDINARY = 0.5
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,8 @@ class CatapultPolicy:
     drop: float = 2.0  # it has paid, and is cooled, once eta_crit is this factor above that of the attempt,
     ceiling: float = 100.0  # or gone far enough once the loss is above this times the first one
     fatal: float = 1e6  # a loss above this times the first one (or not finite) is undone: restore the snapshot
-    vectors: float = 0.01  # rate of biases and other parameters below two dimensions, relative to that of the others
-    cool: float = 0.8  # rate while cooling, settling and following: cool * eta_crit
+    vectors: float = 0.01  # rate of biases and other vectors, relative to that of the rest, where the batch repeats
+    cool: float = 0.8  # rate while cooling and settling: cool * eta_crit
     hot_steps: int = 10  # a catapult is held at the high rate at most this long
     arm_steps: int = 25  # an attempt without a spike is renewed after this long
     patience: int = 100  # a catapult not over after this long is given up, and the loss reached is the new start
@@ -50,18 +56,20 @@ class CatapultPolicy:
     measure_settled: int = 50  # after the last one,
     measure_following: int = 200  # and where there are none
     measure_share: float = 0.045  # of the steps' time, for mini-batches: measurements beyond it wait
-    settle: float = 0.7  # with total_steps known: no catapults after this fraction of them
+    finish: float = 0.003  # no catapults once the loss is below this times the first one
+    settle: float = 0.7  # with total_steps known: none after this fraction of them, and the rate falls to zero
     total_steps: int | None = None  # length of the training, if known
     catapults: bool | None = None  # None: where the loss is a squared error; without them, the edge is followed:
-    begin: float = 0.01  # from zero the rate rises by this part of cool * the first eta_crit a step,
-    blow_up: float = 2.0  # up to cool * the lowest eta_crit so far, and a loss above this times the first is undone
-    caution: float = 0.0  # act on the curvature this many standard deviations of its logarithm above the mean
+    follow: float = 0.4  # rate while following: follow * the lowest eta_crit so far,
+    begin: float = 0.01  # risen to from zero, by this part of follow * the first eta_crit a step,
+    blow_up: float = 2.0  # and a loss above this times the first one is undone
+    caution: float = 1.0  # times the spread of the log curvature beyond 0.5: act on a curvature so far above the mean
     smoothing: int | None = None  # steps to average the loss over; None: 1 for a repeated batch, else 20
 
     def __post_init__(self) -> None:
         for name in ("kappa", "growth", "spike", "drop", "ceiling", "fatal", "blow_up"):
             _check(name, getattr(self, name), above=1.0)
-        for name in ("vectors", "cool", "settle", "begin", "measure_share"):
+        for name in ("vectors", "cool", "follow", "finish", "settle", "begin", "measure_share"):
             _check(name, getattr(self, name), above=0.0, at_most=1.0)
         if not (isinstance(self.caution, (int, float)) and 0 <= self.caution < math.inf):
             raise ValueError(f"caution must be a finite number >= 0, got {self.caution!r}")
@@ -109,11 +117,13 @@ class _State:
     armed: float = 0.0  # eta_crit at its start; following: the lowest so far
     kappa: float = 0.0
     low: float = math.inf  # the loss to come back to
-    first: float = 0.0  # loss of the first step
+    began: float = 0.0  # loss of the first step
+    first: float = 0.0  # the same, but that of the snapshot where this was far above
     before: float = 0.0  # loss of the last step
     slope: float = 0.0  # following: what the rate grows by, a step
     interval: int = 1  # between measurements
-    smoothing: int = 0  # of the last step
+    steps: int = 0  # decided
+    smoothing: int = 0  # of the last one
     entered: int = 0  # step at which the phase was entered
     spiked: int = 0  # step at which the loss left `low`
     undone: int = 0  # step of the last restore
@@ -147,9 +157,9 @@ class Catapulter:
 
     @property
     def eta_crit(self) -> float:
-        """The critical rate acted on: that of the mean log curvature, plus `caution` times its spread."""
-        s = self._state
-        return math.exp(max(-s.mean_log_curvature - self.policy.caution * self.spread, _LEAST_LOG))
+        """The critical rate acted on: of the mean log curvature, plus `caution` times what is unusual of its spread."""
+        unusual = max(0.0, self.spread - _ORDINARY)
+        return math.exp(max(-self._state.mean_log_curvature - self.policy.caution * unusual, _LEAST_LOG))
 
     @property
     def spread(self) -> float:
@@ -160,6 +170,13 @@ class Catapulter:
     def rate(self) -> float:
         """The last rate decided, 0.0 before the first decision."""
         return self._state.rate
+
+    @property
+    def vectors(self) -> float:
+        """Rate of biases and other vectors in the coming step, relative to that of the others."""
+        s = self._state
+        repeated = s.smoothing == 1 or s.steps < 2  # from the second step on it is known
+        return self.policy.vectors if repeated and s.phase != "follow" else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self._state))  # numbers only: nothing to copy deeply
@@ -187,10 +204,14 @@ class Catapulter:
             squared_error: is the loss one? Asked on the first step only.
         """
         s, p = self._state, self.policy
+        s.steps += 1
         if s.phase == "start" and not s.rate and not (squared_error if p.catapults is None else p.catapults):
             s.phase = "follow"
+        s.began = s.began or loss
         s.first = s.first or loss
         if s.rate and not -math.inf < loss <= above(s.first, p.blow_up if s.phase == "follow" else p.fatal):
+            return self._undo(step, loss)
+        if s.rate and s.phase not in ("follow", "settle") and eta_crit is not None and eta_crit > _COLLAPSED * s.armed:
             return self._undo(step, loss)
         h = p.smoothing or smoothing
         if h == 1 < s.smoothing and s.phase == "arm":  # the batch repeats: no noise to beware of
@@ -204,7 +225,9 @@ class Catapulter:
             return self._follow(step, newest, eta_crit, measured)
         if self._lost(step, loss, h):
             return self._undo(step, loss)
-        over = p.total_steps is not None and step > p.settle * p.total_steps
+        over = self._over(step, loss)
+        if s.phase == "settle" and not over:
+            self._enter("start", step)
         if s.phase == "arm":
             s.low = min(s.low, loss)
             if loss > above(s.low, p.spike):
@@ -224,7 +247,7 @@ class Catapulter:
         if over and s.phase in ("start", "arm"):  # a catapult under way is brought home first
             self._enter("settle", step)
             s.low = loss
-        s.rate = self._rate(eta_crit)
+        s.rate = self._rate(eta_crit) * (self._decay(step) if s.phase == "settle" else 1.0)
         measure_in, s.before = self._next(step, loss, measured, h), loss
         high = h > 1 and newest > _HIGH * abs(s.first)  # before the mean shows it
         return Decision(
@@ -236,6 +259,13 @@ class Catapulter:
             measure_in=1 if high else measure_in,
             alarm=high or (s.phase == "settle" and loss > above(s.low, p.spike)),
         )
+
+    def _over(self, step: int, loss: float) -> bool:
+        """No catapult is to begin: little time is left, or little loss (and, settled, until there is much more)."""
+        s, p = self._state, self.policy
+        little = p.finish * s.began * (_AGAIN if s.phase == "settle" else 1.0)
+        ending = p.total_steps is not None and step > p.settle * p.total_steps
+        return ending or (s.phase in ("start", "arm", "settle") and 0 < loss <= little)
 
     def _paid(self, step: int, loss: float, eta_crit: float, measured: bool, h: int) -> bool:
         """Has the curvature come down within the spike? Measured, or, for a repeated batch, seen from its peak.
@@ -322,13 +352,20 @@ class Catapulter:
         s, p = self._state, self.policy
         calm = loss <= above(s.first, p.spike)
         if not s.rate:
-            s.armed, s.attempt, s.slope = eta_crit, 0.0, p.begin * p.cool * eta_crit
+            s.armed, s.attempt, s.slope = eta_crit, 0.0, p.begin * p.follow * eta_crit
         elif measured:
             s.interval = min(max(2 * s.interval, step - s.undone), p.measure_following)
             s.armed = min(s.armed, eta_crit) if calm else s.armed
         s.attempt = min(s.attempt + s.slope, _LARGEST_RATE)
-        s.rate = min(s.attempt, p.cool * s.armed)
+        s.rate = min(s.attempt, p.follow * s.armed) * self._decay(step)
         return Decision(s.rate, s.phase, take_snapshot=measured and calm, measure_in=s.interval if calm else 1)
+
+    def _decay(self, step: int) -> float:
+        """With total_steps known, the rate falls in a line to nearly nothing over what is left after `settle`."""
+        p = self.policy
+        if p.total_steps is None:
+            return 1.0
+        return min(1.0, max(1, p.total_steps - step + 1) / ((1 - p.settle) * p.total_steps + 1))
 
     def _lost(self, step: int, loss: float, h: int) -> bool:
         """Above the first loss, and no time left to come back: out of patience, or the training about to end."""

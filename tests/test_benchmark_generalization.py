@@ -161,7 +161,7 @@ def applied_rates(
     torch.manual_seed(10_003)
     model, loss_of = problem.build(), criterion(task)
     torch.manual_seed(3)
-    driver = (build or CONTENDERS[name].build)(Setup(model, loss_of, task.steps, 3, lr, given))
+    driver = (build or CONTENDERS[name].build)(Setup(model, loss_of, task.steps, 3, lr, given, repeated=True))
     vectors = CatapultPolicy().vectors
     out = []
     for _, rows in zip(range(task.steps), problem.batches(3), strict=False):

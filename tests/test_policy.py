@@ -95,11 +95,30 @@ def test_a_training_about_to_end_above_its_first_loss_is_undone() -> None:
     assert all(d.rate > 0 for d in decisions)
 
 
-def test_settles_below_the_edge_when_the_length_is_known() -> None:
-    decisions = run([1.0] * 100, total_steps=100)
+def test_settles_below_the_edge_when_the_length_is_known_and_falls_to_nearly_nothing() -> None:
+    decisions = run([1.0] * 105, total_steps=100)
     assert {d.phase for d in decisions[70:]} == {"settle"}
-    assert all(d.rate == pytest.approx(0.8) for d in decisions[70:])
+    falling = [0.8 * k / 31 for k in range(30, 0, -1)]
+    assert [d.rate for d in decisions[70:]] == pytest.approx(falling + [falling[-1]] * 5)
     assert all(d.phase != "settle" for d in decisions[:70])
+
+
+def test_settles_where_hardly_any_loss_is_left_and_begins_again_where_there_is() -> None:
+    decisions = run([1.0] * 10 + [0.0031] * 10 + [0.0029] * 10 + [0.02] * 10 + [0.04] * 10)
+    phases = [d.phase for d in decisions]
+    assert phases == ["arm"] * 20 + ["settle"] * 20 + ["arm"] * 10
+    assert decisions[25].rate == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("phase_losses", [[1.0, 1.0], [1.0, 1.5], [1.0, 1.5, 150.0]], ids=["arm", "hot", "cool"])
+def test_a_curvature_that_vanishes_is_undone(phase_losses: list[float]) -> None:
+    """Dead units: the loss may look harmless, the critical rate explodes."""
+    losses = [*phase_losses, 0.9, 0.9]
+    collapse = [1.0] * len(phase_losses) + [1e5, 1.0]
+    decisions = run(losses, collapse)
+    assert [d.restore for d in decisions] == [False] * len(phase_losses) + [True, False]
+    assert decisions[-1].rate <= 1.0
+    assert not any(d.restore for d in run(losses, [min(e, 9e3) for e in collapse]))
 
 
 def test_a_catapult_under_way_is_brought_home_before_settling() -> None:
