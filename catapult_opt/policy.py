@@ -214,7 +214,9 @@ class Catapulter:
         if s.rate and s.phase not in ("follow", "settle") and eta_crit is not None and eta_crit > _COLLAPSED * s.armed:
             return self._undo(step, loss)
         h = p.smoothing or smoothing
-        if h == 1 < s.smoothing and s.phase == "arm":  # the batch repeats: no noise to beware of
+        # The batch repeats: no noise to beware of, unless the spike is there already.
+        anew = h == 1 < s.smoothing and s.phase == "arm" and loss <= above(s.low, p.spike)
+        if anew:
             s.phase, s.attempt = "start", math.inf
         s.smoothing = h
         too_high = loss > p.ceiling * abs(s.first)  # this very loss: a mean over many steps would see it too late
@@ -238,9 +240,9 @@ class Catapulter:
         if s.phase == "cool" and measured and self._failed(step, loss, eta_crit):
             return self._undo(step, loss)
         events = self._recovery(step, loss, eta_crit, measured, h) if s.phase in ("hot", "cool") else []
-        # Momentum may only be passing through the old loss; a full batch tells whether this one is worth keeping.
-        back = h > 1 or loss <= s.first
-        due = (s.phase == "start" and back) or (s.phase == "arm" and step - s.entered >= max(p.arm_steps, h))
+        # Momentum may only be passing through the old loss: is this one worth keeping? (Batches differ.)
+        back = loss <= (s.first if h == 1 else above(s.first, 2.0))
+        due = (s.phase == "start" and (back or anew)) or (s.phase == "arm" and step - s.entered >= max(p.arm_steps, h))
         fresh = measured and due and not (over and s.rate)  # the very first step always is: there is a snapshot then
         if fresh:
             self._arm(step, loss, eta_crit)
@@ -379,7 +381,7 @@ class Catapulter:
         """Beyond recovery: put the snapshot back and try again, more gently."""
         s = self._state
         if s.undone and s.undone == step - 1:  # at the snapshot's own weights: the rate cannot be to blame
-            s.first = loss if math.isfinite(loss) else s.first
+            s.first = max(s.first, loss) if math.isfinite(loss) else s.first
         else:
             s.kappa = 1 + (s.kappa - 1) / 2
             reached = min(s.attempt, s.rate) if s.phase == "follow" else s.attempt
