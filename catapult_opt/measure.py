@@ -22,6 +22,7 @@ from .curvature.operators import (
     Scale,
     StepSize,
     adjoint_error,
+    informed_start,
     other_masks,
     reproduces,
 )
@@ -120,6 +121,7 @@ def measure(
                 max_matvecs=max_matvecs,
                 semidefinite=operator.semidefinite,
                 total=group.total,
+                quadratic=operator.quadratic if isinstance(operator, GGN) and operator.halves else None,
             )
             if engine not in (FINITE_DIFFERENCE, GRAM) and estimate.asymmetry > _ASYMMETRY:
                 raise MeasurementError(
@@ -354,7 +356,8 @@ def critical_lr(
     args, kwargs = _arguments(inputs)
     with preserved(model, loss_module, params):
         call = _call_once(model, loss_module, params, args, kwargs, targets, outputs)
-    settings: dict[str, Any] = {"outputs": outputs, "tol": tol, "max_matvecs": max_matvecs}
+        start = None if loss_module is None else informed_start(params, call)
+    settings: dict[str, Any] = {"start": start, "outputs": outputs, "tol": tol, "max_matvecs": max_matvecs}
     if engine == "auto":
         try:
             return measure(model, loss_module, params, [call], engine="double-backward", **settings)[0]

@@ -11,19 +11,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .vectors import Total, Vector, add_, combine, dots, norm, scaled
+from .vectors import Total, Vector, add_, combine, dots, norm
 
 Matrix = npt.NDArray[np.float64]
 
-# A Krylov basis of this size restarts from its Ritz vector and keeps the last remainder's direction, so that little is
-# lost: on the networks of benchmarks/models.py 16 saves 5 to 10 % of a cold start's products, for 12 vectors more.
-_BASIS = 4
+# A Krylov basis of this size restarts from its two top Ritz vectors and the last remainder's direction, so that little
+# is lost: on the networks of benchmarks/models.py one that never restarts saves a twentieth of the products.
+_BASIS, _KEPT = 4, 2
 # Ritz values below this fraction of the top one take no part in the improved estimate.
 _SAFE = 0.02
 # Less than this part of a product left outside of the basis is worth a second orthogonalisation, for its rounding.
 _CANCELLED = 0.1
-# The error of a Ritz value is about residual^2 / gap: this times sqrt(tol) is safe down to gaps of a sixteenth.
-_RESIDUAL = 0.25
+# The error of a Ritz value is about residual^2 / gap: this times sqrt(tol) is safe down to gaps of an eighth.
+_RESIDUAL = 0.35
+# What a Ritz value has still to grow, by its last two steps, is to be below this part of tol where v.A v alone tells;
+# its growth shrinks by a factor of ten a step at best.
+_STILL, _FASTEST = 0.1, 0.1
+# Below this tol growth has to stay small twice in a row.
+_COARSE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ def top_eigenvalue(
     max_matvecs: int = 5,
     semidefinite: bool = True,
     total: Total | None = None,
+    quadratic: Callable[[Vector], float] | None = None,
 ) -> EigenEstimate:
     """Estimate the largest (algebraic) eigenvalue of a symmetric operator.
 
@@ -54,15 +60,18 @@ def top_eigenvalue(
     one product it is |A v|^2 / v.A v. One vector a product is kept.
 
     Args:
-        matvec: v -> A v; one tensor per parameter in, the same out, in a list that is emptied.
+        matvec: v -> A v; one tensor per parameter in, the same out.
         start: start vector, any length but zero.
         tol: relative accuracy asked for. Stop when the estimate grew by less than this fraction over the last product
-            and the residual is below sqrt(tol)/4 (its square over the gap to the next eigenvalue is the error), or,
+            and the residual is below sqrt(tol)/3 (its square over the gap to the next eigenvalue is the error), or,
             for products with noise of their own, after three such products in a row; after the first product, when
             the residual is below 5 tol. Below 1e-3 the growth has to stay small twice in a row.
         max_matvecs: cap on the number of products, >= 1.
         semidefinite: False for an operator with negative eigenvalues (a full Hessian).
         total: where each process holds a part of every vector, the sum of inner products over the processes.
+        quadratic: v -> v.A v, where that takes a part of a product (and spares the product with the same v that
+            follows as much). With the vector that the last product left over it gives the Ritz value of one dimension
+            more: where this shows that a tenth of tol is left to gain, the rest of the product is not needed.
 
     Raises:
         FloatingPointError: a product was not finite.
@@ -74,33 +83,51 @@ def top_eigenvalue(
         >>> round(e.value, 4)
         4.0
     """
-    krylov = _Krylov(total)
-    vector = scaled(start, 1.0 / _positive(float(norm(start, total))))
-    previous, calm, done = 0.0, 0, 0
+    layout, krylov = _Layout(start), _Krylov(total)
+    vector = _unit(layout.flat(start), total)
+    ritz: _Ritz | None = None
+    thetas, calm, done = [0.0], 0, 0
     while True:
-        krylov.append(vector, matvec(vector))
+        parts = layout.parts(vector)
+        if quadratic and tol >= _COARSE and ritz and done > 1 and ritz.residual <= math.sqrt(tol):
+            theta, coefficients = krylov.bordered(quadratic(parts))
+            if _still_to_grow([*thetas, theta]) < _STILL * tol:
+                found = combine([*krylov.basis, vector], coefficients)
+                value, asymmetry = max(theta, ritz.value), krylov.asymmetry / theta
+                return EigenEstimate(value, layout.parts(found), ritz.residual, done, True, asymmetry)
+        krylov.append(vector, layout.flat(matvec(parts)))
         done += 1
-        ritz = krylov.ritz(semidefinite)
+        previous, ritz = ritz.value if ritz else 0.0, krylov.ritz(semidefinite)
+        thetas.append(ritz.theta)
         growth = abs(ritz.value - previous) / max(abs(ritz.value), 1e-300)
         calm = calm + 1 if done > 1 and growth < tol else 0
         first = done == 1 and ritz.residual <= 5 * tol
         exact = ritz.residual <= tol**2 or ritz.value == 0.0
         converged = first or exact or calm >= _calm_products(tol, ritz.residual)
         if not (converged or done >= max_matvecs):
-            vector = krylov.extend(ritz)
+            vector = krylov.extend()
             if not vector:  # the basis spans an invariant subspace: nothing is left to find from this start
                 converged, ritz = True, krylov.ritz(semidefinite)
         if converged or done >= max_matvecs:
             asymmetry = krylov.asymmetry / abs(ritz.theta) if ritz.theta else 0.0
-            return EigenEstimate(ritz.value, krylov.ritz_vector(ritz), ritz.residual, done, converged, asymmetry)
-        previous = ritz.value
+            found = krylov.ritz_vector(ritz)
+            return EigenEstimate(ritz.value, layout.parts(found), ritz.residual, done, converged, asymmetry)
+
+
+def _still_to_grow(thetas: list[float]) -> float:
+    """What is left to the limit of a sequence whose steps shrink by a constant factor, relative to its last value."""
+    before, last = thetas[-2] - thetas[-3], max(thetas[-1] - thetas[-2], 0.0)
+    if not before > 0:
+        return math.inf
+    factor = min(max(last / before, _FASTEST), 0.95)
+    return last * factor / (1 - factor) / thetas[-1]
 
 
 def _calm_products(tol: float, residual: float) -> int:
     """How many products in a row have to change little: few eigenvalues fool a small residual, many a large one."""
     if residual > _RESIDUAL * math.sqrt(tol):
         return 3
-    return 1 if tol >= 1e-3 else 2
+    return 1 if tol >= _COARSE else 2
 
 
 @dataclass(frozen=True)
@@ -140,9 +167,10 @@ def top_eigenpairs(
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    krylov, vector = _Krylov(), scaled(start, 1.0 / _positive(float(norm(start))))
+    layout, krylov = _Layout(start), _Krylov()
+    vector = _unit(layout.flat(start), None)
     while True:
-        krylov.append(vector, matvec(vector))
+        krylov.append(vector, layout.flat(matvec(layout.parts(vector))))
         pairs = krylov.pairs(k)
         found = len(pairs) == k and all(residual <= tol for _, _, residual in pairs)
         done = len(krylov.basis)
@@ -152,7 +180,7 @@ def top_eigenpairs(
         if found or done >= max_matvecs:
             return EigenPairs(
                 [value for value, _, _ in pairs],
-                [combine(krylov.basis, list(c)) for _, c, _ in pairs],
+                [layout.parts(combine(krylov.basis, list(c))) for _, c, _ in pairs],
                 [residual for _, _, residual in pairs],
                 done,
                 found,
@@ -165,6 +193,27 @@ class _Ritz:
     theta: float  # Ritz value
     coefficients: Matrix  # of the Ritz vector in the basis
     residual: float
+
+
+class _Layout:
+    """A vector as one flat tensor for each dtype and device: few long operations in place of many short ones."""
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self._shapes = [x.shape for x in like]
+        kinds = [(x.dtype, x.device) for x in like]
+        self._places = [[i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
+
+    def flat(self, vector: Sequence[Tensor]) -> Vector:
+        """In memory of its own."""
+        return [torch.cat([vector[i].reshape(-1) for i in places]) for places in self._places]
+
+    def parts(self, flat: Vector) -> Vector:
+        """One tensor per parameter, sharing the memory of the flat ones."""
+        found: dict[int, Tensor] = {}
+        for tensor, places in zip(flat, self._places, strict=True):
+            pieces = torch.split(tensor, [self._shapes[i].numel() for i in places])
+            found |= {i: piece.view(self._shapes[i]) for i, piece in zip(places, pieces, strict=True)}
+        return [found[i] for i in range(len(self._shapes))]
 
 
 class _Krylov:
@@ -197,7 +246,6 @@ class _Krylov:
     def append(self, vector: Vector, product: Vector) -> None:
         """A vector orthogonal to the basis, and its product."""
         self.basis.append(vector)
-        product = list(product) if product is vector else product
         column, self.rest = _split(product, self.basis, self._total)
         if not np.isfinite(column).all():
             raise FloatingPointError("a curvature product was not finite")
@@ -234,60 +282,73 @@ class _Krylov:
     def ritz_vector(self, ritz: _Ritz) -> Vector:
         return combine(self.basis, [float(c) for c in ritz.coefficients])
 
-    def extend(self, ritz: _Ritz) -> Vector:
-        """The next basis vector, [] if there is none; a full basis restarts from its Ritz vector."""
+    def bordered(self, quotient: float) -> tuple[float, list[float]]:
+        """Top Ritz value and coefficients of the basis and `rest`, of which v.A v is given."""
+        n = len(self.basis)
+        matrix = np.zeros((n + 1, n + 1))
+        matrix[:n, :n], matrix[n, n] = self.vw, quotient
+        matrix[n, :n] = matrix[:n, n] = self.hessenberg[n]
+        thetas, vectors = np.linalg.eigh(matrix)
+        return float(thetas[-1]), [float(c) for c in vectors[:, -1]]
+
+    def extend(self) -> Vector:
+        """The next basis vector, [] if there is none; a full basis restarts from its top Ritz vectors."""
         if self.rest and len(self.basis) == _BASIS:
-            # A v = theta v + (what is left, along `rest`) for the Ritz pair of a symmetric A.
-            self.basis = [self._unit(self.ritz_vector(ritz))]
-            self.hessenberg = np.array([[ritz.theta], [self.hessenberg[-1] @ ritz.coefficients]])
-            # Rounding, which would add up from one restart to the next.
-            add_(self.rest, self.basis, [-float(_overlaps(self.basis, self.rest, self._total)[0])])
-            self._unit(self.rest)
+            self._restart()
         return self.rest
 
-    def _unit(self, vector: Vector) -> Vector:
-        """Scaled in place."""
-        length = float(norm(vector, self._total))
-        for x in vector:
-            x.mul_(1.0 / length)
-        return vector
+    def _restart(self) -> None:
+        """A V = V diag(theta) + rest b^T for the Ritz vectors V of a symmetric A."""
+        thetas, vectors = np.linalg.eigh(self.vw)
+        top = vectors[:, -_KEPT:]
+        kept = [combine(self.basis, [float(c) for c in column]) for column in top.T[:-1]]
+        last = self.basis[-1]  # the memory of one that goes
+        _scale(last, float(top[-1, -1]))
+        add_(last, self.basis[:-1], [float(c) for c in top[:-1, -1]])
+        self.basis, border = [], self.hessenberg[-1] @ top
+        # Rounding, which would add up from one restart to the next.
+        for vector in [*kept, last, self.rest]:
+            if self.basis:
+                add_(vector, self.basis, [-float(part) for part in _overlaps(self.basis, vector, self._total)])
+            self.basis.append(_unit(vector, self._total))
+        self.rest = self.basis.pop()
+        self.hessenberg = np.vstack([np.diag(thetas[-_KEPT:]), border])
 
 
-def _split(vector: Vector, basis: list[Vector], total: Total | None) -> tuple[Matrix, Vector]:
+def _split(left: Vector, basis: list[Vector], total: Total | None) -> tuple[Matrix, Vector]:
     """Coefficients of a vector in the basis and along the unit vector that is left, and that one ([]: nothing left).
 
-    The vector is used up: its tensors are let go one by one.
+    In the vector's own memory.
     """
-    parts = _overlaps(basis, vector, total)
-    left = _less(vector, basis, parts)
-    overlaps, rest = parts, float(norm(left, total))
-    if not rest > _CANCELLED * float(np.linalg.norm(overlaps)):
+    overlaps, rest = np.zeros(len(basis)), math.inf
+    for _ in range(2):
         parts = _overlaps(basis, left, total)
         add_(left, basis, [-float(part) for part in parts])
-        overlaps, rest = overlaps + parts, float(norm(left, total))
+        overlaps += parts
+        rest = float(norm(left, total))
+        if rest > _CANCELLED * float(np.linalg.norm(overlaps)):
+            break
     column = np.append(overlaps, rest)
     if not rest > 1e-5 * float(np.linalg.norm(column)):
         return column, []
-    for x in left:
-        x.mul_(1.0 / rest)
-    return column, left
+    return column, _scale(left, 1.0 / rest)
 
 
 def _overlaps(basis: list[Vector], vector: Vector, total: Total | None) -> Matrix:
     inner = dots(basis, vector)
-    return (inner if total is None else total(inner)).double().cpu().numpy()  # one transfer from the device
+    found: Matrix = (inner if total is None else total(inner)).double().cpu().numpy()  # one transfer from the device
+    return found
 
 
-def _less(vector: Vector, basis: list[Vector], parts: Matrix) -> Vector:
-    """The vector minus its parts in the basis: new tensors, as what a product returns may not be ours to change."""
-    left = []
-    vector.reverse()
-    for members in zip(*basis, strict=True):
-        x = vector.pop()
-        for i, (member, part) in enumerate(zip(members, parts, strict=True)):
-            x = torch.add(x, member, alpha=-float(part)) if i == 0 else x.add_(member, alpha=-float(part))
-        left.append(x)
-    return left
+def _unit(vector: Vector, total: Total | None) -> Vector:
+    """Scaled in place."""
+    return _scale(vector, 1.0 / _positive(float(norm(vector, total))))
+
+
+def _scale(vector: Vector, factor: float) -> Vector:
+    for x in vector:
+        x.mul_(factor)
+    return vector
 
 
 def _positive(length: float) -> float:

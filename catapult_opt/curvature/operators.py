@@ -91,17 +91,42 @@ class GGN(_JacobianOperator):
     Only inside `preserved`.
     """
 
+    _begun: tuple[Vector, list[Tensor], Pulled] | None = None  # a product of which only v.G v was asked so far
+
     @functools.cached_property
     def hessians(self) -> list[OutputHessian]:
         """H_out of every loss call; built once, at the weights of the step."""
         return [OutputHessian(call) for call in self._calls]
 
+    @property
+    def halves(self) -> bool:
+        """Is there `quadratic`? Not of several loss calls, whose graphs would all have to be kept."""
+        return not self._group.any(len(self._calls) > 1)
+
+    def quadratic(self, v: Vector) -> float:
+        """v.G v = sum of t.H_out t with t = J v, of at most one loss call: the forward pass of a product.
+
+        `matvec` of the very same v then goes on from there.
+        """
+        outputs, cotangents, tangents = next(self._terms(v), ([], [], []))
+        self._begun = (v, outputs, cotangents)
+        pairs = [(s.double(), t.double()) for s, t in zip(cotangents, tangents, strict=True) if s is not None]
+        return self._group.sum(float(dot(*zip(*pairs, strict=True))) if pairs else 0.0) / self._group.size
+
     def matvec(self, v: Vector) -> Vector:
         """G v."""
+        begun, self._begun = self._begun, None
+        if begun is not None and begun[0] is v:
+            return self._product(_pull(*begun[1:], self._params, self._group))
         total: Pulled = []
-        for call, hessian, (outputs, tangents) in zip(self._calls, self.hessians, self._linearize(v), strict=True):
-            total = _sum(total, _pull(outputs, _through_loss(call, hessian, tangents), self._params, self._group))
+        for outputs, cotangents, _ in self._terms(v):
+            total = _sum(total, _pull(outputs, cotangents, self._params, self._group))
         return self._product(total)
+
+    def _terms(self, v: Vector) -> Iterator[tuple[list[Tensor], Pulled, list[Tensor]]]:
+        """For every loss call the outputs with their graph, H_out J v there, and J v."""
+        for call, hessian, (outputs, tangents) in zip(self._calls, self.hessians, self._linearize(v), strict=True):
+            yield outputs, _through_loss(call, hessian, tangents), tangents
 
 
 class NTK(_JacobianOperator):
@@ -145,6 +170,7 @@ class FiniteDifference:
     def __init__(self, model: nn.Module, mover: _Mover, calls: Sequence[LossCall], step: StepSize) -> None:
         self._model, self._mover, self._calls, self._step = model, mover, calls, step
         self._bases = [[t for f in call.forwards for t in self._base(f)] for call in calls]
+        self._spread = _spread(self._bases[0]) if calls else 0.0
 
     def __call__(self, v: Vector) -> Linearized:
         if not self._calls:  # a process without data
@@ -168,7 +194,8 @@ class FiniteDifference:
             eps = self._step.relative * self._mover.norm
             self._mover.move(v, eps)
             outputs = _outputs(self._model, self._calls[0])
-            moved = self._mover.group.common(_relative_move([o.detach() for o in outputs], self._bases[0]))
+            move = _rms([o.detach() - b for o, b in zip(outputs, self._bases[0], strict=True)])
+            moved = self._mover.group.common(move / (self._spread or math.inf))
             fits = target / 100 <= moved <= target * 3 or moved == 0 or not math.isfinite(moved)
             better = min(max(self._step.relative * target / (moved or 1.0), first / _STEP_RANGE), first * _STEP_RANGE)
             if fits or retries == 0 or better == self._step.relative:
@@ -345,6 +372,16 @@ class _Mover:
         return [x * root for x, root in zip(v, self._roots, strict=True)]
 
 
+def informed_start(params: Sequence[Tensor], call: LossCall) -> Vector:
+    """J^T H_out u for a random u: a start vector for the GGN in its range, where a random one mostly is not.
+
+    By the graph of the call's own forward pass, which has to be there still and is used up. Only inside `preserved`.
+    """
+    outputs = [o for f in call.forwards for o in f.outputs]
+    cotangents = _through_loss(call, OutputHessian(call), random_unit([o.detach() for o in outputs]))
+    return _whole(_pull(outputs, cotangents, params), params)
+
+
 def reproduces(model: nn.Module, params: Sequence[Tensor], calls: Sequence[LossCall]) -> bool:
     """Does the model, run again at the same weights and random state, give the same outputs twice?
 
@@ -432,11 +469,14 @@ def _whole(pulled: Pulled, params: Sequence[Tensor]) -> Vector:
 
 def _relative_move(outputs: Sequence[Tensor], bases: Sequence[Tensor]) -> float:
     """rms change of the outputs over their spread (their size where they have none)."""
-    moved = torch.cat([(o - b).flatten().double() for o, b in zip(outputs, bases, strict=True)])
+    return _rms([o - b for o, b in zip(outputs, bases, strict=True)]) / (_spread(bases) or math.inf)
+
+
+def _spread(bases: Sequence[Tensor]) -> float:
+    """Standard deviation, at least 3 % of the rms; 0 for outputs of zero: differences have no rounding error then."""
     base = torch.cat([b.flatten().double() for b in bases])
-    size = float(base.square().mean().sqrt())
-    spread = float(base.std(correction=0))
-    scale = max(spread, 0.03 * size)
-    if scale == 0:
-        return 0.0  # outputs of exactly zero: differences from them have no rounding error to fear
-    return float(moved.square().mean().sqrt()) / scale
+    return max(float(base.std(correction=0)), 0.03 * float(base.square().mean().sqrt()))
+
+
+def _rms(tensors: Sequence[Tensor]) -> float:
+    return float(norm(tensors)) / math.sqrt(sum(t.numel() for t in tensors))
