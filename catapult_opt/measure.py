@@ -121,7 +121,7 @@ def measure(
                 max_matvecs=max_matvecs,
                 semidefinite=operator.semidefinite,
                 total=group.total,
-                quadratic=operator.quadratic if isinstance(operator, GGN) and operator.halves else None,
+                quadratic=operator.quadratic if isinstance(operator, GGN) else None,
             )
             if engine not in (FINITE_DIFFERENCE, GRAM) and estimate.asymmetry > _ASYMMETRY:
                 raise MeasurementError(

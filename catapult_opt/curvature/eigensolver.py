@@ -15,20 +15,21 @@ from .vectors import Total, Vector, add_, combine, dots, norm
 
 Matrix = npt.NDArray[np.float64]
 
-# A Krylov basis of this size restarts from its two top Ritz vectors and the last remainder's direction, so that little
-# is lost: on the networks of benchmarks/models.py one that never restarts saves a twentieth of the products.
-_BASIS, _KEPT = 4, 2
+# A Krylov basis of this size restarts from its Ritz vector and keeps the last remainder's direction, so that little is
+# lost: on the networks of benchmarks/models.py one that never restarts saves a twentieth of a cold start's products.
+_BASIS = 4
 # Ritz values below this fraction of the top one take no part in the improved estimate.
 _SAFE = 0.02
 # Less than this part of a product left outside of the basis is worth a second orthogonalisation, for its rounding.
 _CANCELLED = 0.1
-# The error of a Ritz value is about residual^2 / gap: this times sqrt(tol) is safe down to gaps of an eighth.
-_RESIDUAL = 0.35
+# The error of a Ritz value is about residual^2 / gap: these times sqrt(tol) are safe down to gaps of a sixteenth and,
+# for a rough tol, an eighth.
+_RESIDUAL, _ROUGH_RESIDUAL = 0.25, 0.35
 # What a Ritz value has still to grow, by its last two steps, is to be below this part of tol where v.A v alone tells;
 # its growth shrinks by a factor of ten a step at best.
 _STILL, _FASTEST = 0.1, 0.1
-# Below this tol growth has to stay small twice in a row.
-_COARSE = 1e-3
+# For a tol from this on; a finer one is asked for to see the same value by whatever way.
+_ROUGH = 5e-3
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class EigenEstimate:
     residual: float  # |A v - theta v| / theta at the Ritz pair (theta, v): some eigenvalue lies within residual * theta
     matvecs: int
     converged: bool
-    asymmetry: float  # largest |v.A w - w.A v| / theta seen between successive vectors: what the products are worth
+    asymmetry: float  # largest |v.A w - w.A v| / theta seen between basis vectors: what the products are worth
 
 
 def top_eigenvalue(
@@ -63,7 +64,7 @@ def top_eigenvalue(
         matvec: v -> A v; one tensor per parameter in, the same out.
         start: start vector, any length but zero.
         tol: relative accuracy asked for. Stop when the estimate grew by less than this fraction over the last product
-            and the residual is below sqrt(tol)/3 (its square over the gap to the next eigenvalue is the error), or,
+            and the residual is below sqrt(tol)/4 (its square over the gap to the next eigenvalue is the error), or,
             for products with noise of their own, after three such products in a row; after the first product, when
             the residual is below 5 tol. Below 1e-3 the growth has to stay small twice in a row.
         max_matvecs: cap on the number of products, >= 1.
@@ -89,7 +90,7 @@ def top_eigenvalue(
     thetas, calm, done = [0.0], 0, 0
     while True:
         parts = layout.parts(vector)
-        if quadratic and tol >= _COARSE and ritz and done > 1 and ritz.residual <= math.sqrt(tol):
+        if quadratic and tol >= _ROUGH and ritz and done > 1 and ritz.residual <= math.sqrt(tol):
             theta, coefficients = krylov.bordered(quadratic(parts))
             if _still_to_grow([*thetas, theta]) < _STILL * tol:
                 found = combine([*krylov.basis, vector], coefficients)
@@ -105,7 +106,7 @@ def top_eigenvalue(
         exact = ritz.residual <= tol**2 or ritz.value == 0.0
         converged = first or exact or calm >= _calm_products(tol, ritz.residual)
         if not (converged or done >= max_matvecs):
-            vector = krylov.extend()
+            vector = krylov.extend(ritz)
             if not vector:  # the basis spans an invariant subspace: nothing is left to find from this start
                 converged, ritz = True, krylov.ritz(semidefinite)
         if converged or done >= max_matvecs:
@@ -125,9 +126,9 @@ def _still_to_grow(thetas: list[float]) -> float:
 
 def _calm_products(tol: float, residual: float) -> int:
     """How many products in a row have to change little: few eigenvalues fool a small residual, many a large one."""
-    if residual > _RESIDUAL * math.sqrt(tol):
+    if residual > (_RESIDUAL if tol < _ROUGH else _ROUGH_RESIDUAL) * math.sqrt(tol):
         return 3
-    return 1 if tol >= _COARSE else 2
+    return 1 if tol >= 1e-3 else 2
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ class _Krylov:
         grown[:n, : n - 1], grown[:, n - 1] = self.hessenberg, column
         self.hessenberg = grown
         if n > 1:
-            self.asymmetry = max(self.asymmetry, abs(grown[n - 2, n - 1] - grown[n - 1, n - 2]))
+            self.asymmetry = max(self.asymmetry, float(np.abs(grown[: n - 1, n - 1] - grown[n - 1, : n - 1]).max()))
 
     def ritz(self, semidefinite: bool) -> _Ritz:
         thetas, vectors = np.linalg.eigh(self.vw)
@@ -291,28 +292,15 @@ class _Krylov:
         thetas, vectors = np.linalg.eigh(matrix)
         return float(thetas[-1]), [float(c) for c in vectors[:, -1]]
 
-    def extend(self) -> Vector:
-        """The next basis vector, [] if there is none; a full basis restarts from its top Ritz vectors."""
+    def extend(self, ritz: _Ritz) -> Vector:
+        """The next basis vector, [] if there is none; a full basis restarts from its Ritz vector."""
         if self.rest and len(self.basis) == _BASIS:
-            self._restart()
+            top, image = self.ritz_vector(ritz), [float(x) for x in self.hessenberg @ ritz.coefficients]
+            product = self.basis.pop()  # A v in the memory of one that goes
+            add_(_scale(product, image[_BASIS - 1]), [*self.basis, self.rest], image[: _BASIS - 1] + image[_BASIS:])
+            self.basis, self.rest, self.hessenberg = [], [], np.zeros((1, 0))
+            self.append(top, product)
         return self.rest
-
-    def _restart(self) -> None:
-        """A V = V diag(theta) + rest b^T for the Ritz vectors V of a symmetric A."""
-        thetas, vectors = np.linalg.eigh(self.vw)
-        top = vectors[:, -_KEPT:]
-        kept = [combine(self.basis, [float(c) for c in column]) for column in top.T[:-1]]
-        last = self.basis[-1]  # the memory of one that goes
-        _scale(last, float(top[-1, -1]))
-        add_(last, self.basis[:-1], [float(c) for c in top[:-1, -1]])
-        self.basis, border = [], self.hessenberg[-1] @ top
-        # Rounding, which would add up from one restart to the next.
-        for vector in [*kept, last, self.rest]:
-            if self.basis:
-                add_(vector, self.basis, [-float(part) for part in _overlaps(self.basis, vector, self._total)])
-            self.basis.append(_unit(vector, self._total))
-        self.rest = self.basis.pop()
-        self.hessenberg = np.vstack([np.diag(thetas[-_KEPT:]), border])
 
 
 def _split(left: Vector, basis: list[Vector], total: Total | None) -> tuple[Matrix, Vector]:

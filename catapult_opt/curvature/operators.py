@@ -98,20 +98,18 @@ class GGN(_JacobianOperator):
         """H_out of every loss call; built once, at the weights of the step."""
         return [OutputHessian(call) for call in self._calls]
 
-    @property
-    def halves(self) -> bool:
-        """Is there `quadratic`? Not of several loss calls, whose graphs would all have to be kept."""
-        return not self._group.any(len(self._calls) > 1)
-
     def quadratic(self, v: Vector) -> float:
-        """v.G v = sum of t.H_out t with t = J v, of at most one loss call: the forward pass of a product.
+        """v.G v = sum of t.H_out t with t = J v: the forward pass of a product.
 
-        `matvec` of the very same v then goes on from there.
+        `matvec` of the very same v then goes on from there; not where there are several loss calls, whose graphs would
+        all have to be kept.
         """
-        outputs, cotangents, tangents = next(self._terms(v), ([], [], []))
-        self._begun = (v, outputs, cotangents)
-        pairs = [(s.double(), t.double()) for s, t in zip(cotangents, tangents, strict=True) if s is not None]
-        return self._group.sum(float(dot(*zip(*pairs, strict=True))) if pairs else 0.0) / self._group.size
+        value = 0.0
+        for outputs, cotangents, tangents in self._terms(v):
+            self._begun = (v, outputs, cotangents) if len(self._calls) == 1 else None
+            pairs = [(s.double(), t.double()) for s, t in zip(cotangents, tangents, strict=True) if s is not None]
+            value += float(dot(*zip(*pairs, strict=True))) if pairs else 0.0
+        return self._group.sum(value) / self._group.size
 
     def matvec(self, v: Vector) -> Vector:
         """G v."""
@@ -378,7 +376,7 @@ def informed_start(params: Sequence[Tensor], call: LossCall) -> Vector:
     By the graph of the call's own forward pass, which has to be there still and is used up. Only inside `preserved`.
     """
     outputs = [o for f in call.forwards for o in f.outputs]
-    cotangents = _through_loss(call, OutputHessian(call), random_unit([o.detach() for o in outputs]))
+    cotangents = _through_loss(call, OutputHessian(call), random_unit([o.detach() for o in outputs], seed=1))
     return _whole(_pull(outputs, cotangents, params), params)
 
 
