@@ -11,6 +11,16 @@ gone on falling; so the gain that counts is taken after both have trained on for
 rank correlations of that gain with all that could be seen: by task, and over all tasks of the ranks within each task
 (tasks differ in everything), also with the catapult's number in its training taken out, as early ones differ from late
 ones in everything, too. Bootstrap intervals; those over all tasks draw whole trainings.
+
+Found with the default settings, seeds 0 to 2 (153 catapults in 15 trainings; 18 more were undone). At once they gain
+nothing. Later they pay on rank2 (median log gain 0.11, 86 % of them above 0), nearly all of it the first one of each
+training (1.2 to 1.6); there all that tells an early catapult from a late one goes with the gain: the AGOP turned (rank
+correlation of its likeness to itself -0.96), a high loss before, lambda down, a short spike. On rank2-b50 they pay a
+little (0.04, 83 %), on rank4, horse-truck and mnist-noise not within 100 steps (medians 0.00, 57 to 62 %), and on
+these four no quantity has an interval clear of zero. Over all tasks four have, all weak: lambda after / before (-0.22),
+steps until back (-0.22), dead units after (-0.19), steps in hot (-0.13); some of eleven may be clear by chance. Peak
+height, the change of the AGOP and the share in the top eigenspace predict nothing over all tasks. No rule for when to
+fire follows from this. It does not show what a series of catapults, or a longer time, would come to.
 """
 
 from __future__ import annotations
@@ -39,6 +49,7 @@ from catapult_opt.analysis.agop import agop, alignment
 from catapult_opt.analysis.datasets import DataError
 from catapult_opt.analysis.ntk import eigenspaces, loss_in_eigenspace, ntk
 from catapult_opt.policy import Decision
+from catapult_opt.runlog import encode
 
 NAMES = ("rank2", "rank4", "rank2-b50", "horse-truck", "mnist-noise")
 SEEN = {
@@ -357,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     rows = study(tasks, range(options.seeds), options.data, options.later, notes)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "catapults.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (options.out / "catapults.jsonl").write_text("".join(json.dumps(encode(row)) + "\n" for row in rows))
     console.print(gains_table(rows))
     console.print(correlations_table(rows))
     try:
