@@ -245,8 +245,8 @@ class CatapultSGD(Optimizer):
         """The part of its group's effective_lr that a parameter moves at: below 1 for biases and other vectors.
 
         An output bias adds a constant to the curvature that no catapult can lower, so that at the rate of the
-        matrices it would spoil each of them (`CatapultPolicy.vectors`). 1 without a controller, and for a model that
-        has no matrices at all.
+        matrices it would spoil the high ones of a repeated batch (`CatapultPolicy.vectors`). 1 on mini-batches, where
+        there are no catapults, without a controller, and for a model that has no matrices at all.
         """
         if self._machine is None or p.ndim >= 2:
             return 1.0
