@@ -497,6 +497,7 @@ class Session:
         except Exception as error:
             if self._counter.measured_steps == 0:
                 self.step -= 1
+                self._previous, self._batch_size = "", None
                 raise
             if str(error) not in self._told:  # the others of this kind are counted in the log
                 self._told.add(str(error))
@@ -510,11 +511,11 @@ class Session:
         return CriticalLR(**{**vars(found), "eta_crit": eta_crit}), vector
 
     def _start_log(self, calls: Sequence[LossCall]) -> None:
-        if self._started:
-            return
-        if self.capture.armed:  # the first step always is; a resumed run knows from before
+        if self.capture.armed and self._batch_size is None:  # the first step always is; a resumed run knows from before
             sizes = [f.batch_size for call in calls for f in call.forwards]
             self._batch_size = int(self._group.sum(sum(s for s in sizes if s is not None))) or None
+        if self._started:
+            return
         if self._writer is not None:
             self._begin_log(self._writer)
         self._started = True
