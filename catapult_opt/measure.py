@@ -22,7 +22,6 @@ from .curvature.operators import (
     Scale,
     StepSize,
     adjoint_error,
-    informed_start,
     other_masks,
     reproduces,
 )
@@ -356,8 +355,7 @@ def critical_lr(
     args, kwargs = _arguments(inputs)
     with preserved(model, loss_module, params):
         call = _call_once(model, loss_module, params, args, kwargs, targets, outputs)
-        start = None if loss_module is None else informed_start(params, call)
-    settings: dict[str, Any] = {"start": start, "outputs": outputs, "tol": tol, "max_matvecs": max_matvecs}
+    settings: dict[str, Any] = {"outputs": outputs, "tol": tol, "max_matvecs": max_matvecs}
     if engine == "auto":
         try:
             return measure(model, loss_module, params, [call], engine="double-backward", **settings)[0]

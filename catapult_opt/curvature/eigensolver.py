@@ -22,12 +22,11 @@ _BASIS = 4
 _SAFE = 0.02
 # Less than this part of a product left outside of the basis is worth a second orthogonalisation, for its rounding.
 _CANCELLED = 0.1
-# The error of a Ritz value is about residual^2 / gap: these times sqrt(tol) are safe down to gaps of a sixteenth and,
-# for a rough tol, an eighth.
-_RESIDUAL, _ROUGH_RESIDUAL = 0.25, 0.35
+# The error of a Ritz value is about residual^2 / gap: this times sqrt(tol) is safe down to gaps of a sixteenth.
+_RESIDUAL = 0.25
 # What a Ritz value has still to grow, by its last two steps, is to be below this part of tol where v.A v alone tells;
 # its growth shrinks by a factor of ten a step at best.
-_STILL, _FASTEST = 0.1, 0.1
+_STILL, _FASTEST = 0.05, 0.1
 # For a tol from this on; a finer one is asked for to see the same value by whatever way.
 _ROUGH = 5e-3
 
@@ -72,7 +71,7 @@ def top_eigenvalue(
         total: where each process holds a part of every vector, the sum of inner products over the processes.
         quadratic: v -> v.A v, where that takes a part of a product (and spares the product with the same v that
             follows as much). With the vector that the last product left over it gives the Ritz value of one dimension
-            more: where this shows that a tenth of tol is left to gain, the rest of the product is not needed.
+            more: where this shows that a twentieth of tol is left to gain, the rest of the product is not needed.
 
     Raises:
         FloatingPointError: a product was not finite.
@@ -126,7 +125,7 @@ def _still_to_grow(thetas: list[float]) -> float:
 
 def _calm_products(tol: float, residual: float) -> int:
     """How many products in a row have to change little: few eigenvalues fool a small residual, many a large one."""
-    if residual > (_RESIDUAL if tol < _ROUGH else _ROUGH_RESIDUAL) * math.sqrt(tol):
+    if residual > _RESIDUAL * math.sqrt(tol):
         return 3
     return 1 if tol >= 1e-3 else 2
 

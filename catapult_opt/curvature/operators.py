@@ -370,16 +370,6 @@ class _Mover:
         return [x * root for x, root in zip(v, self._roots, strict=True)]
 
 
-def informed_start(params: Sequence[Tensor], call: LossCall) -> Vector:
-    """J^T H_out u for a random u: a start vector for the GGN in its range, where a random one mostly is not.
-
-    By the graph of the call's own forward pass, which has to be there still and is used up. Only inside `preserved`.
-    """
-    outputs = [o for f in call.forwards for o in f.outputs]
-    cotangents = _through_loss(call, OutputHessian(call), random_unit([o.detach() for o in outputs], seed=1))
-    return _whole(_pull(outputs, cotangents, params), params)
-
-
 def reproduces(model: nn.Module, params: Sequence[Tensor], calls: Sequence[LossCall]) -> bool:
     """Does the model, run again at the same weights and random state, give the same outputs twice?
 
