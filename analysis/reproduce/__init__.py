@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from . import (
+    automatic,
     batch_sizes,
     catapults,
     features,
@@ -30,6 +31,7 @@ _MODULES = (
     catapults,
     features,
     sgd,
+    automatic,
 )
 
 

@@ -25,7 +25,7 @@ from .training import TARGET_LOSS, batches, measure, train
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ARTEFACTS"]
+__all__ = ["ARTEFACTS", "FIG48_TASKS", "task_and_model"]
 
 _NEAR_ZERO = "near zero"
 
@@ -255,7 +255,7 @@ def _draw_agop(records: list[Record], figure: Figure) -> None:
         ax.set(title=name, xticks=[], yticks=[])
 
 
-_TASKS: dict[str, dict[str, Any]] = {
+FIG48_TASKS: dict[str, dict[str, Any]] = {
     "rank-2": {
         "n": 2000, "width": 1024, "depth": 2, "lr": 2.0, "rates": [8, 16, 30, 50, 75, 80],
         "at": [50, 150, 220, 280, 350, 400], "steps": 500, "increases": [0, 1, 2, 3, 4, 5, 6],
@@ -599,7 +599,7 @@ _RAISED: dict[str, Any] = {"cases": _schedule_cases, "run": _run_schedule}
 _FIG48: dict[str, Any] = {
     **_RAISED,
     "scales": _schedule_scales(
-        _TASKS, {"rank-2": {"increases": [0, 1, 2, 3, 6]}, "rank-3": {"increases": [0, 1, 3]}}, seeds=2
+        FIG48_TASKS, {"rank-2": {"increases": [0, 1, 2, 3, 6]}, "rank-3": {"increases": [0, 1, 3]}}, seeds=2
     ),
 }
 
