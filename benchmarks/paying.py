@@ -291,7 +291,8 @@ def _median(rows: Sequence[Row], key: str, units: Sequence[Sequence[Row]]) -> st
     if not rows:
         return ""
     low, high = interval(units, lambda drawn: float(np.median([row[key] for row in drawn])))
-    return f"{np.median([row[key] for row in rows]):+.2f} [{low:+.2f}, {high:+.2f}]"
+    spread = f" [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else ""
+    return f"{np.median([row[key] for row in rows]):+.2f}{spread}"
 
 
 def correlations_table(rows: Sequence[Row]) -> Table:
@@ -315,7 +316,7 @@ def _cell(units: Sequence[Sequence[Row]], key: str, gain: str = "later", without
     if not math.isfinite(value):
         return "-"
     low, high = interval(units, lambda rows: correlation(rows, key, gain, without))
-    text = f"{value:+.2f} \\[{low:+.2f}, {high:+.2f}]"
+    text = f"{value:+.2f} \\[{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else f"{value:+.2f}"
     return f"[bold]{text}[/]" if low > 0 or high < 0 else text
 
 
