@@ -18,11 +18,11 @@ training (1.2 to 1.6); there all that tells an early catapult from a late one go
 correlation of its likeness to itself -0.96), a high loss before, lambda down, a short spike. On rank2-b50 they pay a
 little (0.04, 83 %), on rank4, horse-truck and mnist-noise not within 100 steps (medians 0.00, 57 to 62 %), and on
 these four no quantity has an interval clear of zero. Over all tasks four have, all weak: lambda after / before (-0.22),
-steps until back (-0.22), dead units after (-0.19), steps in hot (-0.13); some of eleven may be clear by chance. Peak
-height, the change of the AGOP and the share in the top eigenspace predict nothing over all tasks. No rule for when to
-fire follows from this. It does not show what a series of catapults would come to. The figures are those of one version
-of the package: any change of a measurement sends trainings on other paths. Another version's medians were 0.12 on
-rank2, 0.04 on rank2-b50 and 0.00 to 0.01 on the others; on rank4 300 steps later as little.
+steps until back (-0.22), dead units after (-0.19), steps in hot (-0.13). Peak height, the change of the AGOP and the
+share in the top eigenspace predict nothing over all tasks. The figures are those of one version of the package: any
+change of a measurement sends trainings on other paths. With another the medians were 0.12 on rank2, 0.04 on rank2-b50
+and 0.00 to 0.01 on the others (on rank4 300 steps later as little), and of the four only lambda after / before came out
+again (-0.26). No rule for when to fire follows from this. It does not show what a series of catapults would come to.
 """
 
 from __future__ import annotations
