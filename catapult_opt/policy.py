@@ -55,7 +55,7 @@ class CatapultPolicy:
     measure_cooling: int = 16  # steps between measurements, doubling from 1, at most: in a catapult being cooled
     measure_settled: int = 50  # after the last one,
     measure_following: int = 200  # and where there are none
-    measure_share: float = 0.03  # of the steps' time, for mini-batches: measurements beyond it wait
+    measure_share: float = 0.045  # of the steps' time, for mini-batches: measurements beyond it wait
     finish: float = 0.003  # no catapults once the loss is below this times the first one
     settle: float = 0.7  # with total_steps known: none after this fraction of them, and the rate falls to zero
     total_steps: int | None = None  # length of the training, if known
