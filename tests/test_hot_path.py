@@ -91,13 +91,17 @@ both = pytest.mark.parametrize("kind", ["optimizer", "monitor"])
 @both
 @pytest.mark.parametrize("every", [1, 3, 10])
 def test_forwards_are_one_a_product(kind: str, every: int) -> None:
-    """After the first measurement (which also finds the size of its difference step): one pass for every product."""
+    """After the first measurement (which also finds the size of its difference step): one pass for every product.
+
+    Where a rate is to be acted on and no more, a last pass without a backward pass may settle it.
+    """
+    half = 1 if kind == "optimizer" else 0
     run = Run(kind, every=every, engine="finite-difference", **(QUIET if kind == "optimizer" else {}))
     costs = [run.cost() for _ in range(31)]
     for i, (forwards, calls, matvecs) in enumerate(costs):
         if i % every == 0:
             assert matvecs >= 1, "a measured step"
-            assert forwards == 1 + matvecs if i else forwards <= 1 + matvecs + 2
+            assert 0 <= forwards - (1 + matvecs) <= (half if i else 2)
             assert calls == 2, "the loop's, and one for the Hessian with respect to the outputs"
         else:
             assert (forwards, calls, matvecs) == (1, 1, -1), "an unmeasured step costs nothing"
