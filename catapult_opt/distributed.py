@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .curvature.vectors import Total, Vector
+from .curvature.vectors import Layout, Total, Vector
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -117,16 +117,12 @@ class Replicas(_Ranks):
         super().__init__([process_group], dist.get_world_size(process_group), device)
 
     def averaged(self, product: Vector) -> Vector:
-        found = list(product)
-        kinds = [(x.dtype, x.device) for x in product]
-        for kind in sorted(set(kinds), key=str):
-            places = [i for i, other in enumerate(kinds) if other == kind]
-            flat = torch.cat([product[i].reshape(-1) for i in places])
-            dist.all_reduce(flat, group=self._groups[0])
-            parts = torch.split(flat.div_(self.size), [product[i].numel() for i in places])
-            for i, part in zip(places, parts, strict=True):
-                found[i] = part.view(product[i].shape)
-        return found
+        layout = Layout(product)
+        flat = layout.flat(product)
+        for tensor in flat:
+            dist.all_reduce(tensor, group=self._groups[0])
+            tensor.div_(self.size)
+        return layout.parts(flat)
 
 
 class Shards(_Ranks):

@@ -26,18 +26,13 @@ class Run:
         settings: CatapultPolicy,
         steps: int = 200,
         disturb: Callable[[int, nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-        momentum: float = 0.0,
     ) -> None:
         torch.manual_seed(0)
         x = torch.randn(200, 10)
         y = x[:, :1] * x[:, 1:2]
         self.model, criterion = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 1)), nn.MSELoss()
-        optimizer = CatapultSGD(
-            self.model.parameters(), model=self.model, criterion=criterion, policy=settings, momentum=momentum
-        )
+        optimizer = CatapultSGD(self.model.parameters(), model=self.model, criterion=criterion, policy=settings)
         self.losses: list[float] = []
-        self.phases: list[str] = []
-        self.rates: list[float] = []
         for step in range(1, steps + 1):
             batch = (x, y) if disturb is None else disturb(step, self.model, x, y)
             optimizer.zero_grad()
@@ -45,8 +40,6 @@ class Run:
             loss.backward()
             optimizer.step()
             self.losses.append(loss.item())
-            self.phases.append(str(optimizer.phase))
-            self.rates.append(optimizer.param_groups[0]["effective_lr"])
 
     @property
     def finite(self) -> bool:

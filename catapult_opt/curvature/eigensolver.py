@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from .vectors import Total, Vector, add_, combine, dots, norm
+from .vectors import Layout, Total, Vector, add_, combine, dots, norm
 
 Matrix = npt.NDArray[np.float64]
 
@@ -83,7 +82,7 @@ def top_eigenvalue(
         >>> round(e.value, 4)
         4.0
     """
-    layout, krylov = _Layout(start), _Krylov(total)
+    layout, krylov = Layout(start), _Krylov(total)
     vector = _unit(layout.flat(start), total)
     ritz: _Ritz | None = None
     thetas, calm, done = [0.0], 0, 0
@@ -167,7 +166,7 @@ def top_eigenpairs(
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    layout, krylov = _Layout(start), _Krylov()
+    layout, krylov = Layout(start), _Krylov()
     vector = _unit(layout.flat(start), None)
     while True:
         krylov.append(vector, layout.flat(matvec(layout.parts(vector))))
@@ -193,27 +192,6 @@ class _Ritz:
     theta: float  # Ritz value
     coefficients: Matrix  # of the Ritz vector in the basis
     residual: float
-
-
-class _Layout:
-    """A vector as one flat tensor for each dtype and device: few long operations in place of many short ones."""
-
-    def __init__(self, like: Sequence[Tensor]) -> None:
-        self._shapes = [x.shape for x in like]
-        kinds = [(x.dtype, x.device) for x in like]
-        self._places = [[i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
-
-    def flat(self, vector: Sequence[Tensor]) -> Vector:
-        """In memory of its own."""
-        return [torch.cat([vector[i].reshape(-1) for i in places]) for places in self._places]
-
-    def parts(self, flat: Vector) -> Vector:
-        """One tensor per parameter, sharing the memory of the flat ones."""
-        found: dict[int, Tensor] = {}
-        for tensor, places in zip(flat, self._places, strict=True):
-            pieces = torch.split(tensor, [self._shapes[i].numel() for i in places])
-            found |= {i: piece.view(self._shapes[i]) for i, piece in zip(places, pieces, strict=True)}
-        return [found[i] for i in range(len(self._shapes))]
 
 
 class _Krylov:

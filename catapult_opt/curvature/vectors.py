@@ -53,3 +53,24 @@ def random_unit(like: Sequence[Tensor], seed: int = 0, total: Total | None = Non
     generator = torch.Generator().manual_seed(seed)
     vector = [torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) for x in like]
     return scaled(vector, 1.0 / float(norm(vector, total)))
+
+
+class Layout:
+    """A vector as one flat tensor for each dtype and device: few long operations in place of many short ones."""
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self._shapes = [x.shape for x in like]
+        kinds = [(x.dtype, x.device) for x in like]
+        self._places = [[i for i, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
+
+    def flat(self, vector: Sequence[Tensor]) -> Vector:
+        """In memory of its own."""
+        return [torch.cat([vector[i].reshape(-1) for i in places]) for places in self._places]
+
+    def parts(self, flat: Vector) -> Vector:
+        """One tensor per parameter, sharing the memory of the flat ones."""
+        found: dict[int, Tensor] = {}
+        for tensor, places in zip(flat, self._places, strict=True):
+            pieces = torch.split(tensor, [self._shapes[i].numel() for i in places])
+            found |= {i: piece.view(self._shapes[i]) for i, piece in zip(places, pieces, strict=True)}
+        return [found[i] for i in range(len(self._shapes))]
