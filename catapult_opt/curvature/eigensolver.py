@@ -159,6 +159,7 @@ def top_eigenpairs(
         max_matvecs: cap on the number of products.
 
     Example:
+        >>> import torch
         >>> a = torch.diag(torch.tensor([4.0, 2.0, 1.0, 0.5]))
         >>> pairs = top_eigenpairs(lambda v: [a @ v[0]], [torch.ones(4)], 2)
         >>> [round(value, 3) for value in pairs.values]
