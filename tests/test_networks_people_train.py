@@ -524,6 +524,24 @@ def unmeasured(run: Run) -> None:
     run.optimizer.step()
 
 
+def own_masks(graph: Any, inputs: Any) -> Any:
+    """A backend whose random numbers are not those of the uncompiled module, as inductor's are not."""
+
+    def run(*args: Any) -> Any:
+        torch.rand(1)
+        return graph(*args)
+
+    return run
+
+
+def test_compiled_with_masks_of_its_own(dynamo: Any) -> None:
+    """Passed uncompiled, the masks of the step cannot be had again."""
+    run = Run(dropout, wrap=lambda model: torch.compile(model, backend=own_masks), monitored=lambda model, _: model)
+    with pytest.raises(RuntimeError, match="pass the compiled module as model="):
+        unmeasured(run)
+
+
+@pytest.mark.slow  # half a minute of generating code: test_compiled and the test above show it with cheap backends
 @pytest.mark.parametrize("passed", ["compiled", "uncompiled"])
 def test_compiled_by_inductor(passed: str, dynamo: Any) -> None:
     """Its dropout masks are its own. Passed uncompiled they cannot be had again: refused; without dropout it works."""
