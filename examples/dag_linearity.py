@@ -143,12 +143,12 @@ def draw(runs: list[Run], folder: Path) -> list[Path]:
     return paths
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="4 widths and 1 seed, in seconds")
     parser.add_argument("--seeds", type=_positive, help="runs per architecture and width (3; 1 with --quick)")
     parser.add_argument("--out", type=Path, default=Path("runs/dag_linearity"), help="folder to write to (%(default)s)")
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     widths = [16, 32, 64, 128] if options.quick else [16, 32, 64, 128, 256, 512]
     seeds = options.seeds or (1 if options.quick else 3)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import run_here
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -16,8 +16,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def test_curvature_quick(tmp_path: Path) -> None:
     path = tmp_path / "numbers.json"
     arguments = ["--quick", "--no-peers", "--families", "MLP", "GPT", "--json", str(path)]
-    command = [sys.executable, str(BENCHMARKS / "curvature.py"), *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    run = run_here(BENCHMARKS / "curvature.py", *arguments)
     assert run.returncode == 0, run.stderr
     for row in (
         "curvature product",

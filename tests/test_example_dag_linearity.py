@@ -1,27 +1,22 @@
 """examples/dag_linearity.py runs as a user runs it, and shows what it says."""
 
 import csv
-import importlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import run_here
 
 from catapult_opt.analysis.dag import log_log_slope
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "dag_linearity.py"
 
 
-def run(*args):
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("dag_linearity")
-    return out, run("--quick", "--out", out, "--seeds", 2)
+    result = run_here(SCRIPT, "--quick", "--out", out, "--seeds", 2)
+    assert result.returncode == 0
+    return out, result
 
 
 def test_wide_networks_become_linear_and_the_narrow_one_does_not(quick):
@@ -51,19 +46,11 @@ def test_it_prints_a_table_and_leaves_pictures(quick):
         assert name in result.stdout
 
 
-def test_bad_arguments_are_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    main = importlib.import_module("dag_linearity").main
-
-    def exits(*args):
-        with pytest.raises(SystemExit) as caught:
-            main(list(args))
-        return caught.value.code, capsys.readouterr()
-
-    status, shown = exits("--seeds", "0", "--out", str(tmp_path / "out"))
-    assert status == 2
-    assert "must be at least 1, got 0" in shown.err
+def test_bad_arguments_are_named(tmp_path):
+    result = run_here(SCRIPT, "--seeds", "0", "--out", tmp_path / "out")
+    assert result.returncode == 2
+    assert "must be at least 1, got 0" in result.stderr
     assert not (tmp_path / "out").exists()
-    status, shown = exits("--help")
-    assert status == 0
-    assert "--quick" in shown.out
+    result = run_here(SCRIPT, "--help")
+    assert result.returncode == 0
+    assert "--quick" in result.stdout

@@ -1,12 +1,12 @@
 """The examples run as a user runs them, and leave what they say."""
 
 import csv
-import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import run_here
 
 from catapult_opt import read_log
 
@@ -17,13 +17,6 @@ PNG = b"\x89PNG"
 def run(script, *args):
     command = [sys.executable, str(EXAMPLES / script), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-
-
-@pytest.fixture
-def imported(monkeypatch):
-    """The script as a module, for what needs no process of its own: importing torch takes seconds there."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return lambda script: importlib.import_module(script.removesuffix(".py"))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +71,9 @@ def test_batch_sizes_prints_the_report_and_the_table(batch_sizes):
 
 
 def test_batch_sizes_takes_other_batch_sizes_and_seeds(tmp_path):
-    result = run("batch_sizes.py", "--quick", "--out", tmp_path, "--batch-sizes", 100, "--seeds", 2, "--workers", 1)
+    options = ["--batch-sizes", 100, "--seeds", 2, "--workers", 1]
+    result = run_here(EXAMPLES / "batch_sizes.py", "--quick", "--out", tmp_path, *options)
+    assert result.returncode == 0
     assert {path.name for path in tmp_path.glob("*.jsonl")} == {"batch100-seed0.jsonl", "batch100-seed1.jsonl"}
     assert "mean ± sd of 2 seeds" in result.stdout
 
@@ -92,11 +87,10 @@ def test_batch_sizes_takes_other_batch_sizes_and_seeds(tmp_path):
         (["--device", "nonsense"], "--device: nonsense cannot be used"),
     ],
 )
-def test_batch_sizes_names_bad_arguments(args, message, tmp_path, imported, capsys):
-    with pytest.raises(SystemExit) as caught:
-        imported("batch_sizes.py").main(["--quick", "--out", str(tmp_path / "out"), *args])
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
+def test_batch_sizes_names_bad_arguments(args, message, tmp_path):
+    result = run_here(EXAMPLES / "batch_sizes.py", "--quick", "--out", tmp_path / "out", *args)
+    assert result.returncode == 2
+    assert message in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -121,7 +115,8 @@ def test_drop_in_catapult_sgd_catapults_and_learns(drop_in):
 
 
 def test_drop_in_reports_a_divergence(tmp_path):
-    result = run("drop_in.py", "--quick", "--out", tmp_path, "--sgd-lr", 100, "--adam-lr", 0.03)
+    result = run_here(EXAMPLES / "drop_in.py", "--quick", "--out", tmp_path, "--sgd-lr", 100, "--adam-lr", 0.03)
+    assert result.returncode == 0
     table = result.stdout.partition("At the best validation loss")[2]
     rows = {line.split()[0]: line.split() for line in table.splitlines() if line.strip()}
     assert rows["SGD"][1:3] == ["100", "diverged"]
@@ -138,8 +133,7 @@ def test_pictures_where_matplotlib_is_there(example, picture, request):
 
 
 @pytest.mark.parametrize("script", ["batch_sizes.py", "drop_in.py"])
-def test_help(script, imported, capsys):
-    with pytest.raises(SystemExit) as caught:
-        imported(script).main(["--help"])
-    assert caught.value.code == 0
-    assert "--quick" in capsys.readouterr().out
+def test_help(script):
+    result = run_here(EXAMPLES / script, "--help")
+    assert result.returncode == 0
+    assert "--quick" in result.stdout

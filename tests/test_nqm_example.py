@@ -1,17 +1,17 @@
 """examples/quadratic_model.py runs as it stands and shows the three regimes."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import run_here
 
 
 @pytest.fixture(scope="module")
 def rows():
     script = Path(__file__).parent.parent / "examples" / "quadratic_model.py"
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=300)
+    result = run_here(script)
+    assert result.returncode == 0
     lines = [line.split() for line in result.stdout.splitlines()]
     table = {
         (line[1], line[0]): [float(v) for v in line[2:]] for line in lines if len(line) == 5 and line[0][0].isdigit()
