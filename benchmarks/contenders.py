@@ -39,16 +39,10 @@ class Setup:
     seed: int = 0
     lr: float | None = None  # of a tuned contender
     given: Any = None  # what a control takes over from the run of CatapultSGD with the same seed
-    repeated: bool = False  # is every batch the same, the whole training set?
     policy: dict[str, Any] = field(default_factory=dict)  # changes to the default policy
 
     def catapult_policy(self, **settings: Any) -> CatapultPolicy:
         return CatapultPolicy(**{**settings, **self.policy})
-
-    @property
-    def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups in the proportion that they move at under CatapultSGD."""
-        return proportioned(self.model, self.catapult_policy().vectors if self.repeated else 1.0)
 
 
 class Driver:
@@ -130,9 +124,8 @@ class Controlled(Driver):
         observe: Callable[[SGD], CatapultMonitor | CatapultLR],
         rule: Callable[[float, float, float], float],
     ) -> None:
-        super().__init__(setup.model, SGD(setup.groups, lr=1.0))
+        super().__init__(setup.model, SGD(setup.model.parameters(), lr=1.0))
         self._observer, self._rule = observe(self.optimizer), rule
-        self._parts = [group["lr"] for group in self.optimizer.param_groups]
         self._rate, self._loss = 0.0, math.nan
         self.optimizer.register_step_pre_hook(self._have_the_last_word)
 
@@ -151,19 +144,11 @@ class Controlled(Driver):
     def _have_the_last_word(self, optimizer: Optimizer, *_: Any) -> None:
         found = self._observer.last
         assert found is not None
-        before = optimizer.param_groups[0]["lr"] / self._parts[0]
+        (group,) = optimizer.param_groups
         # Without any curvature the critical rate is infinite, and no rule for a rate.
-        self._rate = self._rule(before, found.eta_crit, self._loss) if math.isfinite(found.eta_crit) else self._rate
-        for group, part in zip(optimizer.param_groups, self._parts, strict=True):
-            group["lr"] = self._rate * part
-
-
-def proportioned(model: nn.Module, vectors: float) -> list[dict[str, Any]]:
-    """Groups in which biases and other vectors move at that part of the matrices' rate."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "lr": 1.0}, {"params": others, "lr": vectors}]
-    return [group for group in groups if group["params"]]
+        if math.isfinite(found.eta_crit):
+            self._rate = self._rule(group["lr"], found.eta_crit, self._loss)
+        group["lr"] = self._rate
 
 
 Build = Callable[[Setup], Driver]
@@ -249,8 +234,7 @@ def _watched(setup: Setup) -> Callable[[SGD], CatapultMonitor]:
 
 def _mean_rate(setup: Setup) -> Driver:
     """The mean of the rates that CatapultSGD applied, all the way."""
-    optimizer = SGD([{**group, "lr": group["lr"] * setup.given} for group in setup.groups], lr=setup.given)
-    return Driver(setup.model, optimizer)
+    return Driver(setup.model, SGD(setup.model.parameters(), lr=setup.given))
 
 
 def _tracking(setup: Setup) -> Driver:

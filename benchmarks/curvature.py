@@ -42,7 +42,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from truth import ggn_lambda_max, hessian_lambda_max
 
-from catapult_opt import CatapultMonitor, CatapultPolicy, CatapultSGD, critical_lr
+from catapult_opt import CatapultMonitor, CatapultSGD, critical_lr
 from catapult_opt.capture import Capture, LossCall
 from catapult_opt.curvature.operators import GGN, StepSize
 from catapult_opt.curvature.vectors import Vector, random_unit
@@ -184,11 +184,7 @@ def plain(family: Family) -> Trainer:
 
 
 def catapult(family: Family) -> Trainer:
-    def build(model: nn.Module, criterion: nn.Module) -> CatapultSGD:
-        # The defaults, but for biases at the rate of the rest: the truth compared with is that of the plain curvature.
-        return CatapultSGD(model.parameters(), model=model, criterion=criterion, policy=CatapultPolicy(vectors=1.0))
-
-    return Trainer(family, build)
+    return Trainer(family, lambda model, criterion: CatapultSGD(model.parameters(), model=model, criterion=criterion))
 
 
 def captured(trainer: Trainer, batch: Batch) -> list[LossCall]:

@@ -133,8 +133,7 @@ def train(run: Run, folder: Path | None) -> Record:
     model, loss_of = problem.build(), criterion(run.task)
     weights = _fingerprint(model.parameters())
     torch.manual_seed(run.seed)  # CatapultSGD draws the start of its first measurement
-    repeated = run.task.batch is None
-    setup = Setup(model, loss_of, run.task.steps, run.seed, run.lr, run.given, repeated, run.policy)
+    setup = Setup(model, loss_of, run.task.steps, run.seed, run.lr, run.given, run.policy)
     driver = CONTENDERS[run.contender].build(setup)
     trajectory, rates, order = Trajectory(problem), Rates(), hashlib.sha256()
     every, bad, seconds, step = max(1, run.task.steps // _EVALUATIONS), 0, 0.0, 0

@@ -27,9 +27,7 @@ class BaseUpdate:
     noisy: float = 1.0  # the critical rate with mini-batch noise, where momentum helps no more, over that without
 
 
-def next_update(
-    optimizer: Optimizer, *, scale: bool = True, part: Callable[[Tensor], float] | None = None
-) -> BaseUpdate:
+def next_update(optimizer: Optimizer, *, scale: bool = True) -> BaseUpdate:
     """The update the optimizer is about to make with the gradients present.
 
     The preconditioner P of Adam, AdamW, RMSprop and Adagrad is the one this very step will use (the running averages
@@ -40,7 +38,6 @@ def next_update(
         optimizer: whose step is about to be made.
         scale: False where the scale is not needed, on a step that is not measured: finding P takes about as long as
             the update.
-        part: the part of its group's rate that a parameter moves at; None: all of it.
 
     Raises:
         TypeError: not one of torch's SGD, Adam, AdamW, RMSprop, Adagrad.
@@ -49,23 +46,23 @@ def next_update(
     largest = max(float(g["lr"]) for g in groups)
     noisy = _noisy(groups)
     if _is_sgd(optimizer):
-        rated = _relative(groups, largest, part) if scale else []
+        rated = _relative(groups, largest) if scale else []
         plain = all(r == 1.0 for r in rated)
         return BaseUpdate(largest, None if plain else rated, lambda lam: min(_sgd(g, lam) for g in groups), noisy)
     inverse, critical = _ADAPTIVE[_adaptive_kind(optimizer)]
     tensors: Scale = None
     if scale:
-        rated = _relative(groups, largest, part)
+        rated = _relative(groups, largest)
         members = ((g, p) for g in groups for p in g["params"] if p.requires_grad)
         scales = (r * inverse(g, p, optimizer.state.get(p, {})) for r, (g, p) in zip(rated, members, strict=True))
         tensors = [local(x) for x in scales]
     return BaseUpdate(largest, tensors, lambda lam: min(critical(g, lam) for g in groups), noisy)
 
 
-def _relative(groups: Iterable[Group], largest: float, part: Callable[[Tensor], float] | None) -> list[float]:
+def _relative(groups: Iterable[Group], largest: float) -> list[float]:
     """The rate of each trainable parameter over the largest."""
-    members = [(float(g["lr"]), p) for g in groups for p in g["params"] if p.requires_grad]
-    return [(1.0 if part is None else part(p)) * (r / largest if largest else 1.0) for r, p in members]
+    rates = [float(g["lr"]) for g in groups for p in g["params"] if p.requires_grad]
+    return [r / largest if largest else 1.0 for r in rates]
 
 
 def _noisy(groups: Iterable[Group]) -> float:

@@ -723,8 +723,7 @@ class CatapultMonitor(Beside):
                 "CatapultMonitor cannot watch a fused optimizer under a GradScaler, which unscales gradients where "
                 "nobody sees it: pass fused=False to the optimizer"
             )
-        part = getattr(optimizer, "rate_part", None)  # of CatapultSGD
-        update = next_update(optimizer, scale=self._session.capture.armed, part=part)
+        update = next_update(optimizer, scale=self._session.capture.armed)
         seen = self._session.observe(self._session.aligned(self._vector), update)
         if seen.vector is not None:
             self._vector = dict(zip(self._session.params, seen.vector, strict=True))

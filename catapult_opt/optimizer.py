@@ -238,24 +238,8 @@ class CatapultSGD(Optimizer):
 
     @property
     def phase(self) -> str | None:
-        """What the policy is doing: "arm", "hot", "cool", "settle", or "follow" ("start" before the first step)."""
+        """What the policy is doing: "fit", "arm", "hot", "cool", "settle", or "follow" ("start" before the first step)."""
         return None if self._machine is None else self._machine.phase
-
-    def rate_part(self, p: Tensor) -> float:
-        """The part of its group's effective_lr that a parameter moves at: below 1 for biases and other vectors.
-
-        An output bias adds a constant to the curvature that no catapult can lower, so that at the rate of the
-        matrices it would spoil the high ones of a repeated batch (`CatapultPolicy.vectors`). 1 on mini-batches, where
-        there are no catapults, without a controller, and for a model that has no matrices at all.
-        """
-        if self._machine is None or p.ndim >= 2:
-            return 1.0
-        return self._vector_part()
-
-    def _vector_part(self) -> float:
-        assert self._machine is not None
-        matrices = (q.ndim >= 2 and q.requires_grad for group in self.param_groups for q in group["params"])
-        return self._machine.vectors if any(matrices) else 1.0  # the first matrix answers it
 
     def log_metrics(self, **values: float) -> None:
         """Log metrics at the present step, e.g. val_loss=0.3; names that start with `val` rank runs in the report."""
@@ -330,18 +314,17 @@ class CatapultSGD(Optimizer):
             self._update(0.0)
         else:
             self._load()
-            part = self._vector_part()  # that the step is measured with
             decision = self._decide()
             if decision.restore:
                 self._restore()
             else:
-                self._update(decision.rate, part, brake=decision.brake)
+                self._update(decision.rate, brake=decision.brake)
 
     def _decide(self) -> Decision:
         """Observe the step, ask the policy on measured ones, and log."""
         session, machine = self._session, self._machine
         assert session is not None and machine is not None
-        update = next_update(self, scale=session.capture.armed, part=self.rate_part)
+        update = next_update(self, scale=session.capture.armed)
         seen = session.observe(self._start(), update, need_loss=machine.phase != "settle")
         self._prepare_state()
         decision = session.decide(machine, seen)
@@ -374,22 +357,16 @@ class CatapultSGD(Optimizer):
             for p, v in zip(self._session.params, kept, strict=True)
         ]
 
-    def _update(self, rate: float | None, part: float = 1.0, brake: bool = False) -> None:
-        """torch's own SGD update at lr * rate (None: at lr), biases and other vectors at a part of it."""
+    def _update(self, rate: float | None, brake: bool = False) -> None:
+        """torch's own SGD update at lr * rate (None: at lr)."""
         for group in self.param_groups:
             params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             lr = group["lr"]
-            if rate is None:
-                self._move(group, params, lr)
-                continue
-            lr = group["effective_lr"] = float(lr) * rate
-            if brake:
-                self._stop(params)
-            if part == 1.0:
-                self._move(group, params, lr)
-            else:
-                self._move(group, [p for p in params if p.ndim >= 2], lr)
-                self._move(group, [p for p in params if p.ndim < 2], lr * part)
+            if rate is not None:
+                lr = group["effective_lr"] = float(lr) * rate
+                if brake:
+                    self._stop(params)
+            self._move(group, params, lr)
 
     def _move(self, group: dict[str, Any], params: list[Tensor], lr: float | Tensor) -> None:
         momentum = group["momentum"]

@@ -21,6 +21,8 @@ _LEAST_LOG = -600.0  # of a rate: its exponential is still a number
 _LEAST = 1e-6
 # A spike above this many times the first loss is watched step by step.
 _HIGH = 10.0
+# The first losses that a spike may go up to, at most.
+_HIGHEST = 100.0
 # A loss this many times what it settled at is a new training.
 _AGAIN = 10.0
 # A critical rate this many times above that of the attempt: no catapult lowers the curvature so far, dead units do.
@@ -41,14 +43,16 @@ class CatapultPolicy:
         2.0
     """
 
+    ripe: float = 0.3  # catapults begin once the loss is down at this part of the first one
     kappa: float = 2.0  # rate of an attempt: kappa * eta_crit
     growth: float = 2.0  # an attempt raises the rate of the last attempt at most by this factor
     spike: float = 1.2  # a loss above this times the lowest one of the attempt is a catapult under way
     drop: float = 2.0  # it has paid, and is cooled, once eta_crit is this factor above that of the attempt,
-    ceiling: float = 100.0  # or gone far enough once the loss is above this times the first one
+    ceiling: float = 4.0  # or gone far enough once the loss is (or will be) above this times the first one;
+    gain: float = 1.15  # after a catapult that raised eta_crit by less than this factor
+    higher: float = 1.5  # the next may go this factor higher, after a better one as much lower
     fatal: float = 1e6  # a loss above this times the first one (or not finite) is undone: restore the snapshot
-    vectors: float = 0.01  # rate of biases and other vectors, relative to that of the rest, where the batch repeats
-    cool: float = 0.8  # rate while cooling and settling: cool * eta_crit
+    cool: float = 0.8  # rate while cooling, settling and, where the batch repeats, before the first: cool * eta_crit
     hot_steps: int = 10  # a catapult is held at the high rate at most this long
     arm_steps: int = 25  # an attempt without a spike is renewed after this long
     patience: int = 100  # a catapult not over after this long is given up, and the loss reached is the new start
@@ -60,16 +64,16 @@ class CatapultPolicy:
     settle: float = 0.7  # with total_steps known: none after this fraction of them, and the rate falls to zero
     total_steps: int | None = None  # length of the training, if known
     catapults: bool | None = None  # None: where the loss is a squared error; without them, the edge is followed:
-    follow: float = 0.4  # rate while following: follow * the lowest eta_crit so far,
+    follow: float = 0.4  # rate while following: follow * the lowest eta_crit so far (before the first: the present),
     begin: float = 0.01  # risen to from zero, by this part of follow * the first eta_crit a step,
     blow_up: float = 2.0  # and a loss above this times the first one is undone
     caution: float = 1.0  # times the spread of the log curvature beyond 0.5: act on a curvature so far above the mean
     smoothing: int | None = None  # steps to average the loss over; None: 1 for a repeated batch, else 20
 
     def __post_init__(self) -> None:
-        for name in ("kappa", "growth", "spike", "drop", "ceiling", "fatal", "blow_up"):
+        for name in ("kappa", "growth", "spike", "drop", "ceiling", "gain", "higher", "fatal", "blow_up"):
             _check(name, getattr(self, name), above=1.0)
-        for name in ("vectors", "cool", "follow", "finish", "settle", "begin", "measure_share"):
+        for name in ("ripe", "cool", "follow", "finish", "settle", "begin", "measure_share"):
             _check(name, getattr(self, name), above=0.0, at_most=1.0)
         if not (isinstance(self.caution, (int, float)) and 0 <= self.caution < math.inf):
             raise ValueError(f"caution must be a finite number >= 0, got {self.caution!r}")
@@ -98,7 +102,7 @@ class Decision:
     """What to do in this step."""
 
     rate: float  # of the update
-    phase: str  # "arm", "hot", "cool", "settle" or "follow"
+    phase: str  # "fit", "arm", "hot", "cool", "settle" or "follow"
     take_snapshot: bool = False  # of the weights before this update
     restore: bool = False  # put the snapshot back instead of updating
     brake: bool = False  # set the momentum to zero before updating: it would carry the spike on
@@ -116,11 +120,12 @@ class _State:
     attempt: float = math.inf  # rate of the last attempt; following: the most that growth has come to
     armed: float = 0.0  # eta_crit at its start; following: the lowest so far
     kappa: float = 0.0
+    height: float = 0.0  # at which a spike is cooled, in first losses
     low: float = math.inf  # the loss to come back to
     began: float = 0.0  # loss of the first step
     first: float = 0.0  # the same, but that of the snapshot where this was far above
     before: float = 0.0  # loss of the last step
-    slope: float = 0.0  # following: what the rate grows by, a step
+    slope: float = 0.0  # following, and in "fit" after a restore: what the rate grows by, a step
     interval: int = 1  # between measurements
     steps: int = 0  # decided
     smoothing: int = 0  # of the last one
@@ -135,7 +140,10 @@ class _State:
 
 
 class Catapulter:
-    """The state machine: arm above the edge, hold while the loss rises, cool until it is back, and again.
+    """The state machine: fit below the edge, arm above it, hold while the loss rises, cool until it is back, and again.
+
+    Catapults wait until the loss is down (`ripe`): a spike of an untrained network destroys more than it finds. How
+    high a spike may go is learned on the way: it begins near the first loss, and rises while catapults do not pay.
 
     Where the loss is no squared error, its curvature says little about what a spike would do (under cross-entropy it
     vanishes with the fit, and an untrained network's is ten times lower than the same network's some steps on): the
@@ -144,7 +152,7 @@ class Catapulter:
     Example:
         >>> machine = Catapulter(CatapultPolicy())
         >>> machine.update(step=1, loss=1.0, eta_crit=0.5).rate
-        1.0
+        0.4
     """
 
     def __init__(self, policy: CatapultPolicy) -> None:
@@ -170,13 +178,6 @@ class Catapulter:
     def rate(self) -> float:
         """The last rate decided, 0.0 before the first decision."""
         return self._state.rate
-
-    @property
-    def vectors(self) -> float:
-        """Rate of biases and other vectors in the coming step, relative to that of the others."""
-        s = self._state
-        repeated = s.smoothing == 1 or s.steps < 2  # from the second step on it is known
-        return self.policy.vectors if repeated and s.phase != "follow" else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self._state))  # numbers only: nothing to copy deeply
@@ -205,26 +206,33 @@ class Catapulter:
         """
         s, p = self._state, self.policy
         s.steps += 1
-        if s.phase == "start" and not s.rate and not (squared_error if p.catapults is None else p.catapults):
-            s.phase = "follow"
+        if s.steps == 1:
+            s.phase = "fit" if (squared_error if p.catapults is None else p.catapults) else "follow"
+            s.kappa, s.height = p.kappa, p.ceiling
         s.began = s.began or loss
         s.first = s.first or loss
-        if s.rate and not -math.inf < loss <= above(s.first, p.blow_up if s.phase == "follow" else p.fatal):
+        limit = {"follow": p.blow_up, "fit": _HIGH}.get(s.phase, p.fatal)
+        if s.rate and not -math.inf < loss <= above(s.first, limit):
             return self._undo(step, loss)
         if s.rate and s.phase not in ("follow", "settle") and eta_crit is not None and eta_crit > _COLLAPSED * s.armed:
-            return self._undo(step, loss)
+            if s.undone != step - 1:
+                return self._undo(step, loss)
+            s.armed = min(eta_crit, _LARGEST_RATE)  # these are the snapshot's own weights
         h = p.smoothing or smoothing
-        # The batch repeats: no noise to beware of, unless the spike is there already.
-        anew = h == 1 < s.smoothing and s.phase == "arm" and loss <= above(s.low, p.spike)
-        if anew:
-            s.phase, s.attempt = "start", math.inf
-        s.smoothing = h
-        too_high = loss > p.ceiling * abs(s.first)  # this very loss: a mean over many steps would see it too late
+        # This very loss, as a mean over many steps would see it too late; of a repeated batch even the coming one, since
+        # it grows by the same factor again.
+        coming = loss * max(1.0, loss / s.before) if h == 1 and s.before > 0 else loss
+        too_high = coming > s.height * abs(s.first)
         newest, measured = loss, eta_crit is not None
         loss = self._averaged(loss, eta_crit, h)
         eta_crit = self.eta_crit
+        s.armed = s.armed or eta_crit
         if s.phase == "follow":
             return self._follow(step, newest, eta_crit, measured)
+        if s.phase == "fit":
+            if not self._ready(step, loss, h):
+                return self._fit(loss, eta_crit, measured, h)
+            s.phase = "start"
         if self._lost(step, loss, h):
             return self._undo(step, loss)
         over = self._over(step, loss)
@@ -242,8 +250,8 @@ class Catapulter:
         events = self._recovery(step, loss, eta_crit, measured, h) if s.phase in ("hot", "cool") else []
         # Momentum may only be passing through the old loss: is this one worth keeping? (Batches differ.)
         back = loss <= (s.first if h == 1 else above(s.first, 2.0))
-        due = (s.phase == "start" and (back or anew)) or (s.phase == "arm" and step - s.entered >= max(p.arm_steps, h))
-        fresh = measured and due and not (over and s.rate)  # the very first step always is: there is a snapshot then
+        due = (s.phase == "start" and back) or (s.phase == "arm" and step - s.entered >= max(p.arm_steps, h))
+        fresh = measured and due and not over
         if fresh:
             self._arm(step, loss, eta_crit)
         if over and s.phase in ("start", "arm"):  # a catapult under way is brought home first
@@ -252,22 +260,45 @@ class Catapulter:
         s.rate = self._rate(eta_crit) * (self._decay(step) if s.phase == "settle" else 1.0)
         measure_in, s.before = self._next(step, loss, measured, h), loss
         high = h > 1 and newest > _HIGH * abs(s.first)  # before the mean shows it
+        cooled = s.phase == "cool" and s.entered == step
         return Decision(
             s.rate,
             s.phase,
             take_snapshot=fresh,
-            brake=s.phase == "cool" and s.entered == step,
+            brake=cooled,
             events=tuple(events),
             measure_in=1 if high else measure_in,
-            alarm=high or (s.phase == "settle" and loss > above(s.low, p.spike)),
+            alarm=high or (cooled and h > 1) or (s.phase == "settle" and loss > above(s.low, p.spike)),
         )
+
+    def _ready(self, step: int, loss: float, h: int) -> bool:
+        """The loss is down far enough for catapults, or there is no more time for them."""
+        s, p = self._state, self.policy
+        return (s.updates >= h and loss <= p.ripe * abs(s.first)) or self._ending(step)
+
+    def _fit(self, loss: float, eta_crit: float, measured: bool, h: int) -> Decision:
+        """Below the edge as gradient descent would be; on mini-batches by the margin of `follow`."""
+        s, p = self._state, self.policy
+        calm = loss <= above(s.first, p.spike)
+        part = p.cool if h == 1 else p.follow
+        if not s.rate:
+            s.slope = p.begin * part * eta_crit
+        elif measured:
+            s.interval = min(2 * s.interval, max(p.measure_cooling, h))
+            s.armed = eta_crit if calm else s.armed
+        s.attempt += s.slope  # infinite but after a restore
+        s.rate = min(s.attempt, part * eta_crit)
+        return Decision(s.rate, s.phase, take_snapshot=measured and calm, measure_in=s.interval)
+
+    def _ending(self, step: int) -> bool:
+        p = self.policy
+        return p.total_steps is not None and step > p.settle * p.total_steps
 
     def _over(self, step: int, loss: float) -> bool:
         """No catapult is to begin: little time is left, or little loss (and, settled, until there is much more)."""
         s, p = self._state, self.policy
         little = p.finish * s.began * (_AGAIN if s.phase == "settle" else 1.0)
-        ending = p.total_steps is not None and step > p.settle * p.total_steps
-        return ending or (s.phase in ("start", "arm", "settle") and 0 < loss <= little)
+        return self._ending(step) or (s.phase in ("start", "arm", "settle") and 0 < loss <= little)
 
     def _paid(self, step: int, loss: float, eta_crit: float, measured: bool, h: int) -> bool:
         """Has the curvature come down within the spike? Measured, or, for a repeated batch, seen from its peak.
@@ -325,7 +356,9 @@ class Catapulter:
 
     def _arm(self, step: int, loss: float, eta_crit: float) -> None:
         s, p = self._state, self.policy
-        s.kappa = s.kappa or p.kappa
+        if s.phase == "start" and s.spiked:  # a catapult lies behind
+            change = p.higher if eta_crit < p.gain * s.armed else 1 / p.higher
+            s.height = min(max(s.height * change, p.ceiling), _HIGHEST)
         if s.phase == "arm":  # no spike came of it: what a failure has taken off comes back
             s.kappa = min(p.kappa, 1 + 2 * (s.kappa - 1))
         s.armed, target = eta_crit, s.kappa * eta_crit
@@ -354,7 +387,7 @@ class Catapulter:
         s, p = self._state, self.policy
         calm = loss <= above(s.first, p.spike)
         if not s.rate:
-            s.armed, s.attempt, s.slope = eta_crit, 0.0, p.begin * p.follow * eta_crit
+            s.attempt, s.slope = 0.0, p.begin * p.follow * eta_crit
         elif measured:
             s.interval = min(max(2 * s.interval, step - s.undone), p.measure_following)
             s.armed = min(s.armed, eta_crit) if calm else s.armed
@@ -370,26 +403,28 @@ class Catapulter:
         return min(1.0, max(1, p.total_steps - step + 1) / ((1 - p.settle) * p.total_steps + 1))
 
     def _lost(self, step: int, loss: float, h: int) -> bool:
-        """Above the first loss, and no time left to come back: out of patience, or the training about to end."""
+        """What had been learned is gone (units may be dead), and no time left: out of patience, or about to end."""
         s, p = self._state, self.policy
         ending = p.total_steps is not None and step > (1 + p.settle) / 2 * p.total_steps
         over_time = s.phase in ("hot", "cool") and step - s.spiked >= max(p.patience, 4 * h)
         sure = s.updates >= min(h, 10 if loss < above(s.first, 2.0) else 3)  # of the mean over mini-batches
-        return (ending or over_time) and sure and loss > s.first
+        return (ending or over_time) and sure and loss > max(p.ripe * abs(s.first), s.low)
 
     def _undo(self, step: int, loss: float) -> Decision:
         """Beyond recovery: put the snapshot back and try again, more gently."""
-        s = self._state
+        s, p = self._state, self.policy
         if s.undone and s.undone == step - 1:  # at the snapshot's own weights: the rate cannot be to blame
             s.first = max(s.first, loss) if math.isfinite(loss) else s.first
         else:
             s.kappa = 1 + (s.kappa - 1) / 2
-            reached = min(s.attempt, s.rate) if s.phase == "follow" else s.attempt
+            reached = min(s.attempt, s.rate) if s.phase in ("follow", "fit") else s.attempt
             s.attempt, s.slope = max(reached / 4, _LEAST * s.armed), s.slope / 4
         s.rate, s.undone, s.interval = s.attempt, step, 1
         # The averages start again from the snapshot's.
         s.updates, s.measured, s.mean_log_curvature = 0, 0, -math.log(s.armed)
-        if s.phase != "follow":
+        if s.phase == "fit":
+            s.rate = min(s.attempt, p.follow * self.eta_crit)
+        elif s.phase != "follow":
             s.phase, s.entered, s.low = "arm", step, math.inf
             s.rate = self._rate(self.eta_crit)
         return Decision(s.rate, s.phase, restore=True, events=(("restore", {"loss": loss, "kappa": s.kappa}),))

@@ -37,8 +37,7 @@ class CatapultLR(Beside):
         model: the module whose outputs reach the criterion.
         criterion: the loss module called in the loop; a plain function must be called through `CatapultLR.criterion`;
             None where the model returns the loss.
-        policy: a `CatapultPolicy`; None for the default. Its `vectors` is left aside: all parameters of a group move at
-            one rate, which for SGD on networks with biases makes `CatapultSGD` the better choice.
+        policy: a `CatapultPolicy`; None for the default.
         every, overhead, engine, log, outputs, grad_scaler, process_group: see `CatapultSGD`.
 
     Raises:
@@ -116,7 +115,7 @@ class CatapultLR(Beside):
 
     @property
     def phase(self) -> str:
-        """What the policy is doing: "arm", "hot", "cool", "settle", or "follow" ("start" before the first step)."""
+        """What the policy is doing: "fit", "arm", "hot", "cool", "settle", or "follow" ("start" before the first step)."""
         return self._machine.phase
 
     def detach(self) -> None:

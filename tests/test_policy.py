@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -11,8 +12,11 @@ from hypothesis import strategies as st
 from catapult_opt.policy import Catapulter, CatapultPolicy, Decision
 
 
+AT_ONCE: dict[str, object] = {"ripe": 1.0, "ceiling": 100.0}  # catapults from the first step on, and high ones
+
+
 def run(losses: list[float], eta: float | list[float | None] = 1.0, **settings: object) -> list[Decision]:
-    machine = Catapulter(CatapultPolicy(**settings))  # type: ignore[arg-type]
+    machine = Catapulter(CatapultPolicy(**{**AT_ONCE, **settings}))  # type: ignore[arg-type]
     etas = eta if isinstance(eta, list) else [eta] * len(losses)
     return [
         machine.update(step=i, loss=loss, eta_crit=e) for i, (loss, e) in enumerate(zip(losses, etas, strict=True), 1)
@@ -24,14 +28,58 @@ def test_first_step_is_twice_the_critical_rate_with_a_snapshot() -> None:
     assert (first.rate, first.phase, first.take_snapshot) == (0.5, "arm", True)
 
 
-def test_a_whole_catapult_goes_through_arm_hot_cool_and_arms_again() -> None:
-    losses = [1.0, 1.1, 2.0, 9.0, 150.0, 40.0, 5.0, 0.9, 0.9]
-    phases = [d.phase for d in run(losses)]
-    assert phases == ["arm", "arm", "hot", "hot", "cool", "cool", "cool", "arm", "arm"]
+def test_fits_below_the_edge_until_the_loss_is_down() -> None:
+    decisions = run([1.0, 0.9, 0.5, 0.31, 0.29, 0.29], [1.0, 0.5, 1.0, 1.0, 1.0, 1.0], ripe=0.3)
+    assert [d.phase for d in decisions] == ["fit"] * 4 + ["arm"] * 2
+    assert [d.rate for d in decisions] == pytest.approx([0.8, 0.4, 0.8, 0.8, 2.0, 2.0])
+    assert [d.measure_in for d in decisions[:4]] == [1, 2, 4, 8]
+    assert [d.take_snapshot for d in decisions] == [True] * 5 + [False]
+
+
+def test_on_mini_batches_fits_with_the_margin_of_following_by_the_mean_loss() -> None:
+    decisions = run([1.0] + [0.2] * 60, ripe=0.3, smoothing=20)
+    phases = [d.phase for d in decisions]
+    assert phases[:19] == ["fit"] * 19 and phases[20] == "arm"
+    assert decisions[5].rate == pytest.approx(0.4)
+
+
+def test_blown_up_below_the_edge_it_goes_back_and_the_rate_grows_again_slowly() -> None:
+    decisions = run([1.0, 1.0, 11.0] + [1.0] * 100, ripe=0.3)
+    assert [i for i, d in enumerate(decisions, 1) if d.restore] == [3]
+    assert {d.phase for d in decisions} == {"fit"}
+    assert decisions[2].rate == pytest.approx(0.2)
+    growing = [b.rate - a.rate for a, b in itertools.pairwise(decisions[2:])]
+    assert growing == pytest.approx([0.01 * 0.8 / 4] * 100)
+
+
+def test_a_repeated_batch_is_cooled_before_the_loss_is_above_the_ceiling() -> None:
+    """From 1 to 3 it has tripled, and would to 9; on mini-batches such a step is noise."""
+    assert [d.phase for d in run([1.0, 1.0, 3.0], ceiling=8.0)] == ["arm", "arm", "cool"]
+    assert [d.phase for d in run([1.0, 1.0, 3.0], ceiling=10.0)] == ["arm", "arm", "hot"]
+    noisy = run([1.0] * 20 + [9.0] * 3, ceiling=10.0, smoothing=10)
+    assert [d.phase for d in noisy[-3:]] == ["hot"] * 3
+
+
+def test_the_next_spike_may_go_higher_after_one_that_has_not_paid_and_less_high_after_one_that_has() -> None:
+    settings = CatapultPolicy(ripe=1.0, ceiling=4.0, gain=1.1, higher=2.0, hot_steps=10**6, patience=10**6)
+    machine, eta, step = Catapulter(settings), 1.0, 0
+    heights = []
+    for rise in [1.0, 1.05, 1.0, 1.2, 1.2, 1.0, 1.0, 1.0, 1.0, 1.0]:  # of eta_crit, after each spike
+        loss = 1.0
+        while machine.phase != "cool":
+            step += 1
+            machine.update(step=step, loss=loss, eta_crit=eta)
+            loss *= 1.02
+        heights.append(loss)
+        eta *= rise
+        for _ in range(2):
+            step += 1
+            machine.update(step=step, loss=1.0, eta_crit=eta)
+    assert heights == pytest.approx([4, 8, 16, 32, 16, 8, 16, 32, 64, 100], rel=0.05)
 
 
 def test_above_the_ceiling_it_cools_at_once_below_the_edge() -> None:
-    decisions = run([1.0, 2.0, 99.0, 101.0])
+    decisions = run([1.0, 2.0, 9.0, 101.0])
     assert [d.phase for d in decisions] == ["arm", "hot", "hot", "cool"]
     assert decisions[-1].rate == pytest.approx(0.8)
     assert all(d.rate == 2.0 for d in decisions[:-1])
@@ -56,7 +104,7 @@ def test_clamp_never_above_kappa_times_the_present_critical_rate() -> None:
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 2e6])
 def test_beyond_recovery_restores_the_snapshot_and_tries_more_gently(loss: float) -> None:
-    machine = Catapulter(CatapultPolicy())
+    machine = Catapulter(CatapultPolicy(ripe=1.0))
     machine.update(step=1, loss=1.0, eta_crit=1.0)
     decision = machine.update(step=2, loss=loss, eta_crit=None)
     assert decision.restore
@@ -203,7 +251,8 @@ def test_state_round_trip_continues_alike(rows: list[tuple[float, float | None]]
         ("kappa", math.nan),
         ("ceiling", -1.0),
         ("drop", 1.0),
-        ("vectors", 0.0),
+        ("ripe", 0.0),
+        ("gain", 1.0),
         ("cool", 1.5),
         ("cool", 0.0),
         ("hot_steps", 0),

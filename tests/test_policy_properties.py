@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from catapult_opt.catapults import CatapultCounter
@@ -27,6 +27,7 @@ troubles = st.lists(
 )
 policies = st.builds(
     CatapultPolicy,
+    ripe=st.sampled_from([0.3, 1.0]),
     kappa=st.sampled_from([1.1, 2.0, 6.0]),
     growth=st.sampled_from([1.1, 2.0, 10.0]),
     fatal=st.sampled_from([2.0, 1e6]),
@@ -51,7 +52,7 @@ def check(machine: Catapulter, decision: Decision) -> None:
     assert math.isfinite(decision.rate)
     assert decision.rate > 0
     assert decision.rate <= machine.policy.kappa * machine.eta_crit * (1 + 1e-9)
-    assert decision.phase in ("arm", "hot", "cool", "settle", "start")
+    assert decision.phase in ("fit", "arm", "hot", "cool", "settle", "start")
     assert decision.measure_in >= 1
     assert not (decision.restore and decision.take_snapshot)
 
@@ -70,15 +71,16 @@ def test_any_sequence_gives_positive_finite_bounded_rates(
 
 @settings(max_examples=150, deadline=None)
 @given(st.floats(1e-3, 1e3), troubles, st.sampled_from([1, 5]), st.floats(0.1, 10))
+@example(first=2**-7, trouble=[(1.0, None), (0.0, 1e-5)], h=1, eta=1.0)  # a wrong curvature, once
 def test_after_any_trouble_calm_brings_the_rate_back(
     first: float, trouble: list[tuple[float, float | None]], h: int, eta: float
 ) -> None:
-    """Calm: a loss that stays where the training began, and a curvature that stays. From the deepest fall it takes
-    twenty attempts to get back to the critical rate."""
-    machine = Catapulter(CatapultPolicy())
+    """Calm: a loss that stays just below where the training began, and a curvature that stays. From the deepest fall
+    it takes twenty attempts to get back to the critical rate."""
+    machine = Catapulter(CatapultPolicy(ripe=1.0))
     machine.update(step=1, loss=first, eta_crit=eta, smoothing=h)
     play(machine, trouble, 2, h)
-    calm = play(machine, [(first, eta)] * 1500, 2 + len(trouble), h)
+    calm = play(machine, [(0.9 * first, eta)] * 1500, 2 + len(trouble), h)
     assert not any(decision.restore for decision in calm[-500:])
     assert calm[-1].phase == "arm"
     assert eta <= calm[-1].rate <= 2 * eta * (1 + 1e-6)
@@ -100,7 +102,7 @@ def test_a_training_of_known_length_ends_below_the_edge(
 @pytest.mark.parametrize("count", [1, 30, 2000])
 def test_a_burst_of_spoiled_batches_is_one_restore_to_the_rate(count: int) -> None:
     """The weights do not move between them: the second one cannot be the rate's doing."""
-    machine = Catapulter(CatapultPolicy())
+    machine = Catapulter(CatapultPolicy(ripe=1.0))
     machine.update(step=1, loss=1.0, eta_crit=1.0)
     decisions = play(machine, [(NAN, None)] * count, 2, 1)
     assert all(decision.restore for decision in decisions)
