@@ -238,7 +238,7 @@ class CatapultSGD(Optimizer):
 
     @property
     def phase(self) -> str | None:
-        """What the policy is doing: "fit", "arm", "hot", "cool", "settle", or "follow" ("start" before the first step)."""
+        """What the policy does: "fit", "arm", "hot", "cool", "settle" or "follow" ("start" before the first step)."""
         return None if self._machine is None else self._machine.phase
 
     def log_metrics(self, **values: float) -> None:

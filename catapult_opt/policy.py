@@ -219,7 +219,7 @@ class Catapulter:
                 return self._undo(step, loss)
             s.armed = min(eta_crit, _LARGEST_RATE)  # these are the snapshot's own weights
         h = p.smoothing or smoothing
-        # This very loss, as a mean over many steps would see it too late; of a repeated batch even the coming one, since
+        # This very loss, as a mean over many steps would see it too late; of a repeated batch even the coming one, as
         # it grows by the same factor again.
         coming = loss * max(1.0, loss / s.before) if h == 1 and s.before > 0 else loss
         too_high = coming > s.height * abs(s.first)

@@ -115,7 +115,7 @@ class CatapultLR(Beside):
 
     @property
     def phase(self) -> str:
-        """What the policy is doing: "fit", "arm", "hot", "cool", "settle", or "follow" ("start" before the first step)."""
+        """What the policy does: "fit", "arm", "hot", "cool", "settle" or "follow" ("start" before the first step)."""
         return self._machine.phase
 
     def detach(self) -> None:

@@ -14,12 +14,9 @@ import torch.distributed as dist
 import torch.multiprocessing as torch_multiprocessing
 from torch import Tensor, nn
 
-from catapult_opt import CatapultPolicy
-
 # Where the platform can: every rank is forked from a fresh process that has imported already what takes seconds.
 _METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _PRELOADED = ["torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "catapult_opt"]
-ONE_RATE = CatapultPolicy(vectors=1.0)  # for biases too: curvature as `critical_lr` sees it
 
 
 def run(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:

@@ -20,8 +20,7 @@ from catapult_opt import CatapultMonitor, CatapultPolicy, CatapultSGD, critical_
 
 STEPS = 4
 N = 24
-# A micro-batch is not a whole batch seen again; biases move like the rest, so that critical_lr's rate is the step's.
-ALIKE = CatapultPolicy(smoothing=1, vectors=1.0)
+ALIKE = CatapultPolicy(smoothing=1)  # a micro-batch is not a whole batch seen again
 
 
 class Run:

@@ -161,37 +161,35 @@ def applied_rates(
     torch.manual_seed(10_003)
     model, loss_of = problem.build(), criterion(task)
     torch.manual_seed(3)
-    driver = (build or CONTENDERS[name].build)(Setup(model, loss_of, task.steps, 3, lr, given, repeated=True))
-    vectors = CatapultPolicy().vectors
+    driver = (build or CONTENDERS[name].build)(Setup(model, loss_of, task.steps, 3, lr, given))
     out = []
     for _, rows in zip(range(task.steps), problem.batches(3), strict=False):
         x, y = problem.train.inputs[rows], problem.train.targets[rows]
-        critical = _critical(model, loss_of, x, y, vectors)
+        critical = _critical(model, loss_of, x, y)
         driver.optimizer.zero_grad()
         loss = loss_of(model(x), y)
         loss.backward()
         before = [p.detach().clone() for p in model.parameters()]
         driver.step(loss.item())
         moved = {
-            (b - p.detach()).norm().item() / p.grad.norm().item() / (1 if p.ndim > 1 else vectors)
+            (b - p.detach()).norm().item() / p.grad.norm().item()
             for b, p in zip(before, model.parameters(), strict=True)
         }
-        assert max(moved) == pytest.approx(min(moved), rel=0.02)  # one rate, biases at their part of it
+        assert max(moved) == pytest.approx(min(moved), rel=0.02)  # one rate
         assert driver.rate == pytest.approx(max(moved), rel=0.02)
         out.append((driver.rate, critical, loss.item()))
     return out
 
 
-def _critical(model: nn.Module, loss_of: nn.Module, x: torch.Tensor, y: torch.Tensor, vectors: float) -> float:
-    """2 / lambda_max of the rated Gauss-Newton matrix, from an explicit Jacobian in float64."""
+def _critical(model: nn.Module, loss_of: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    """2 / lambda_max of the Gauss-Newton matrix, from an explicit Jacobian in float64."""
     params = {name: p.detach().double() for name, p in model.named_parameters()}
 
     def outputs(p: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.func.functional_call(model, p, (x.double(),)).flatten()
 
     jacobian = torch.func.jacrev(outputs)(params)
-    columns = [j.flatten(1) * math.sqrt(1 if params[n].ndim > 1 else vectors) for n, j in jacobian.items()]
-    full = torch.cat(columns, 1)
+    full = torch.cat([j.flatten(1) for j in jacobian.values()], 1)
     lambda_max = 2 / len(full) * torch.linalg.eigvalsh(full @ full.T)[-1].item()
     return 2 / lambda_max
 
@@ -420,5 +418,5 @@ def test_critical_lr_of_the_first_step_is_what_the_explicit_jacobian_says() -> N
     torch.manual_seed(0)
     model = problem.build()
     found = critical_lr(model, nn.MSELoss(), problem.train.inputs, problem.train.targets, tol=1e-4)
-    explicit = _critical(model, nn.MSELoss(), problem.train.inputs, problem.train.targets, vectors=1.0)
+    explicit = _critical(model, nn.MSELoss(), problem.train.inputs, problem.train.targets)
     assert found.eta_crit == pytest.approx(explicit, rel=1e-3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from catapult_opt import CatapultPolicy, CatapultSGD
+from catapult_opt import CatapultSGD
 
 
 @pytest.mark.parametrize("clip", ["norm", "value"])
@@ -18,9 +18,7 @@ def test_clipped_gradients(clip: str) -> None:
     for limit in (None, 1e-3):
         torch.manual_seed(0)
         model, criterion = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double(), nn.MSELoss()
-        optimizer = CatapultSGD(
-            model.parameters(), model=model, criterion=criterion, policy=CatapultPolicy(vectors=1.0)
-        )
+        optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion)
         criterion(model(torch.randn(6, 4).double()), torch.randn(6, 1).double()).backward()
         if limit is not None and clip == "norm":
             nn.utils.clip_grad_norm_(model.parameters(), limit)

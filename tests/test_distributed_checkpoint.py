@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from ranks import ONE_RATE, batch, network, run
+from ranks import batch, network, run
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -43,7 +43,7 @@ class Run:
             self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=0.001)
             self.controller = CatapultLR(self.optimizer, **connection)
         else:
-            self.optimizer = CatapultSGD(self.model.parameters(), momentum=0.9, policy=ONE_RATE, **connection)
+            self.optimizer = CatapultSGD(self.model.parameters(), momentum=0.9, **connection)
 
     def train(self, steps: range) -> list[tuple[float, float]]:
         seen = []

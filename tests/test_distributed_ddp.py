@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import ONE_RATE, batch, network, part, run
+from ranks import batch, network, part, run
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,7 +28,7 @@ def face(kind: str, model: nn.Module, criterion: nn.Module, **settings: Any) -> 
     """The optimizer of the loop, and who measures."""
     connection = {"model": model, "criterion": criterion, **settings}
     if kind == "CatapultSGD":
-        optimizer = CatapultSGD(model.parameters(), momentum=0.5, policy=ONE_RATE, **connection)
+        optimizer = CatapultSGD(model.parameters(), momentum=0.5, **connection)
         return optimizer, optimizer
     if kind == "CatapultLR":
         adam = torch.optim.Adam(model.parameters(), lr=0.001)
@@ -86,9 +86,7 @@ def everything(rank: int, folder: str) -> dict[str, Any]:
 def through(rank: int, ranks: int, called: nn.Module, inner: nn.Module) -> float:
     """A framework wraps the model: given are the module inside and the group."""
     criterion = nn.MSELoss()
-    optimizer = CatapultSGD(
-        inner.parameters(), model=inner, criterion=criterion, process_group=dist.group.WORLD, policy=ONE_RATE
-    )
+    optimizer = CatapultSGD(inner.parameters(), model=inner, criterion=criterion, process_group=dist.group.WORLD)
     x, y = part(rank, ranks, 0)
     criterion(called(x), y).backward()
     optimizer.step()
@@ -126,7 +124,7 @@ def collectives(rank: int, ranks: int) -> dict[str, Any]:
 def uneven(rank: int, ranks: int) -> dict[str, float]:
     """9 samples against 3."""
     model, criterion = DistributedDataParallel(network()), nn.MSELoss()
-    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, policy=ONE_RATE)
+    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion)
     x, y = batch(0)
     mine = slice(0, 9) if rank == 0 else slice(9, 12)
     criterion(model(x[mine]), y[mine]).backward()
@@ -138,7 +136,7 @@ def uneven(rank: int, ranks: int) -> dict[str, float]:
 def no_data(rank: int, ranks: int) -> list[float]:
     """The last batch is too small for all: rank 1 only takes part in DDP's gradients."""
     model, criterion = DistributedDataParallel(network()), nn.MSELoss()
-    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, every=1, policy=ONE_RATE)
+    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, every=1)
     found = []
     for step in range(3):
         optimizer.zero_grad()
@@ -175,7 +173,7 @@ def untouched(rank: int, ranks: int) -> bool:
 def accumulated(rank: int, ranks: int) -> float:
     """Two micro-batches a rank, the first under no_sync."""
     model, criterion = DistributedDataParallel(network()), nn.MSELoss()
-    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, policy=ONE_RATE)
+    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion)
     x, y = part(rank, ranks, 0)
     with model.no_sync():
         (criterion(model(x[:3]), y[:3]) / 2).backward()
@@ -323,9 +321,7 @@ def test_a_rank_without_data_counts_as_no_loss(ranks: list[dict[str, Any]]) -> N
     assert ranks[0]["no data"][0] == pytest.approx(whole_batch(), rel=1e-3)
     # The same in one process: in the second step half the loss, as DDP averages a zero gradient in.
     model, criterion = network(), nn.MSELoss()
-    optimizer = CatapultSGD(
-        model.parameters(), model=model, criterion=criterion, every=1, engine="finite-difference", policy=ONE_RATE
-    )
+    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, every=1, engine="finite-difference")
     for step in range(2):
         optimizer.zero_grad()
         x, y = batch(step)

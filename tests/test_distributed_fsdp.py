@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import ONE_RATE, batch, network, part, run
+from ranks import batch, network, part, run
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -61,7 +61,7 @@ def train(kind: str, rank: int, ranks: int, model: nn.Module, **settings: Any) -
     ]
     connection = {"model": model, "criterion": criterion, **settings}
     if kind == "CatapultSGD":
-        optimizer: Any = CatapultSGD(groups, momentum=0.5, policy=ONE_RATE, **connection)
+        optimizer: Any = CatapultSGD(groups, momentum=0.5, **connection)
         watch = optimizer
     elif kind == "CatapultLR":
         optimizer = torch.optim.AdamW(groups, lr=1.0)
@@ -94,7 +94,7 @@ FACES = ("CatapultSGD", "CatapultLR", "CatapultMonitor")
 
 def once(model: nn.Module, rank: int, ranks: int, settings: dict[str, Any], loss: Any) -> float:
     """lambda_max of the first step."""
-    optimizer = CatapultSGD(model.parameters(), model=model, policy=ONE_RATE, **settings)
+    optimizer = CatapultSGD(model.parameters(), model=model, **settings)
     x, y = part(rank, ranks, 0)
     loss(model, x, y)
     optimizer.step()

@@ -26,11 +26,12 @@ class Run:
         settings: CatapultPolicy,
         steps: int = 200,
         disturb: Callable[[int, nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        bias: bool = True,  # of the output
     ) -> None:
         torch.manual_seed(0)
         x = torch.randn(200, 10)
         y = x[:, :1] * x[:, 1:2]
-        self.model, criterion = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 1)), nn.MSELoss()
+        self.model, criterion = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 1, bias)), nn.MSELoss()
         optimizer = CatapultSGD(self.model.parameters(), model=self.model, criterion=criterion, policy=settings)
         self.losses: list[float] = []
         for step in range(1, steps + 1):
@@ -74,11 +75,11 @@ def test_a_batch_of_nan_leaves_no_trace(guarded: bool, monkeypatch: pytest.Monke
 
 @GUARDED
 def test_quench_cools_a_spike_while_it_can_come_back(guarded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Held to the end, a spike at three times the critical rate goes on to where only the snapshot helps."""
-    settings = CatapultPolicy(kappa=3.0)
+    """Held to the end, a spike at six times the critical rate goes on to where only the snapshot helps."""
+    settings = CatapultPolicy(ripe=1.0, kappa=6.0)
     if not guarded:
         monkeypatch.setattr(Catapulter, "_paid", lambda *_: False)
-        settings = CatapultPolicy(kappa=3.0, ceiling=1e12, fatal=1e12)
+        settings = CatapultPolicy(ripe=1.0, kappa=6.0, ceiling=1e12, fatal=1e12)
     run = Run(settings, steps=60)
     assert (max(run.losses) < 1e6 * run.losses[0]) is guarded
 
@@ -93,8 +94,20 @@ def test_clamp_lowers_the_rate_when_the_curvature_rises(guarded: bool, monkeypat
     def enlarge(step: int, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return (4 * x if step >= 12 else x), y
 
-    run = Run(CatapultPolicy(), steps=60, disturb=enlarge)
+    run = Run(CatapultPolicy(ripe=1.0), steps=60, disturb=enlarge)
     assert run.finite is guarded
+
+
+def kill_at(dying: int) -> Callable[[int, nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """All units of the hidden layer dead at that step."""
+
+    def kill(step: int, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if step == dying:
+            with torch.no_grad():
+                model[0].bias.fill_(-100.0)
+        return x, y
+
+    return kill
 
 
 @GUARDED
@@ -103,14 +116,17 @@ def test_a_collapse_is_undone(guarded: bool, monkeypatch: pytest.MonkeyPatch) ->
     if not guarded:
         monkeypatch.setattr(policy, "_COLLAPSED", math.inf)
 
-    def kill(step: int, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if step == 20:
-            with torch.no_grad():
-                model[0].bias.fill_(-100.0)
-                model[2].weight.mul_(1e-9)
-        return x, y
+    run = Run(CatapultPolicy(), steps=300, disturb=kill_at(20), bias=False)
+    assert (run.losses[-1] < 0.5 * run.losses[0]) is guarded
 
-    run = Run(CatapultPolicy(vectors=1e-9), steps=300, disturb=kill)
+
+@GUARDED
+def test_a_net_that_died_behind_its_output_bias_is_brought_back(guarded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The curvature of the bias is left, and the loss is that of the mean: neither looks like a collapse."""
+    if not guarded:
+        monkeypatch.setattr(Catapulter, "_lost", lambda *_: False)
+    run = Run(CatapultPolicy(ripe=0.5), steps=400, disturb=kill_at(200))
+    assert min(run.losses[:199]) < 0.5 * run.losses[0]
     assert (run.losses[-1] < 0.5 * run.losses[0]) is guarded
 
 

@@ -11,7 +11,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,6 @@ from torch.utils.checkpoint import checkpoint
 from catapult_opt import CatapultMonitor, CatapultPolicy, CatapultSGD, read_log
 
 CE = nn.CrossEntropyLoss
-ALIKE = CatapultPolicy(vectors=1.0)  # biases move like the rest, so that the dense curvature is the step's
 SCALE = 65536.0
 Loop = Callable[[nn.Module, Any], Any]  # the user's forward
 
@@ -285,7 +284,7 @@ def test_optimizer_in_the_loop(name: str) -> None:
     """CatapultSGD measures what the monitor measures; kappa = 2 on a first step."""
     build, batch = NETWORKS[name]
     model, twin, criterion = make(build), make(build), CE()
-    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, policy=replace(ALIKE, catapults=True))
+    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, policy=CatapultPolicy(catapults=True))
     torch.manual_seed(3)
     x, y = batch()
     torch.manual_seed(4)
@@ -374,9 +373,7 @@ def test_grad_scaler_with_the_optimizer() -> None:
     def run(scaled: bool) -> Any:
         model, criterion = make(wide), CE()
         scale = scaler() if scaled else None
-        optimizer = CatapultSGD(
-            model.parameters(), model=model, criterion=criterion, policy=ALIKE, every=1, grad_scaler=scale
-        )
+        optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, every=1, grad_scaler=scale)
         torch.manual_seed(5)
         x, y = vectors()
         trace = []
@@ -436,7 +433,7 @@ def test_refused_grad_scaler_that_nobody_told_of(face: str, accumulate: int) -> 
         optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.01)
         CatapultMonitor(optimizer, model=model, criterion=criterion)
     else:
-        optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, policy=ALIKE)
+        optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion)
     before = copy.deepcopy(model.state_dict())
     for _ in range(accumulate):
         x, y = vectors()
@@ -703,7 +700,7 @@ def test_criteria(kind: str) -> None:
 @pytest.mark.parametrize("kind", list(CRITERIA))
 def test_criteria_through_the_optimizer(kind: str) -> None:
     model = make(wide)
-    optimizer = CatapultSGD(model.parameters(), model=model, criterion=CRITERIA[kind], policy=ALIKE)
+    optimizer = CatapultSGD(model.parameters(), model=model, criterion=CRITERIA[kind])
     x, y = vectors()
     expected = oracle.dense(make(wide), CRITERIA[kind], x, y)
     optimizer.criterion(model(x), y).backward()
@@ -790,7 +787,7 @@ def test_several_forwards_a_step(name: str, how: str, cast: bool) -> None:
 
 def test_refused_sparse_embedding() -> None:
     model, criterion = nn.Sequential(nn.EmbeddingBag(9, 3, sparse=True)), CE()
-    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, policy=ALIKE)
+    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion)
     criterion(model(torch.randint(0, 9, (6, 4))), torch.arange(6) % 3).backward()
     with pytest.raises(RuntimeError, match="sparse=False"):
         optimizer.step()

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from catapult_opt.policy import Catapulter, CatapultPolicy, Decision
 
-
 AT_ONCE: dict[str, object] = {"ripe": 1.0, "ceiling": 100.0}  # catapults from the first step on, and high ones
 
 

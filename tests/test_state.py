@@ -461,12 +461,11 @@ def test_two_optimizers_on_one_model() -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return self.a(x), self.b(x)
 
-    alike = replace(POLICY, vectors=1.0)
     runs = Run("full-batch"), Run("full-batch", seed=3)
     pair = Pair(runs[0].model, runs[1].model)
     for run in runs:
         run.optimizer.detach()
-        run.optimizer = CatapultSGD(run.model.parameters(), model=pair, criterion=run.criterion, policy=alike, every=1)
+        run.optimizer = CatapultSGD(run.model.parameters(), model=pair, criterion=run.criterion, policy=POLICY, every=1)
     for _ in range(20):
         truths = [critical_lr(run.model, nn.MSELoss(), run.x, run.y).eta_crit for run in runs]
         outputs = pair(runs[0].x)
