@@ -21,8 +21,8 @@ _LEAST_LOG = -600.0  # of a rate: its exponential is still a number
 _LEAST = 1e-6
 # A spike above this many times the first loss is watched step by step.
 _HIGH = 10.0
-# The first losses that a spike may go up to, at most.
-_HIGHEST = 100.0
+# What the height of the next spike is raised and lowered by at most, and how many first losses it may be.
+_RAISED, _LOWERED, _HIGHEST = 4.0, 1.5, 1000.0
 # A loss this many times what it settled at is a new training.
 _AGAIN = 10.0
 # A critical rate this many times above that of the attempt: no catapult lowers the curvature so far, dead units do.
@@ -43,14 +43,14 @@ class CatapultPolicy:
         2.0
     """
 
-    ripe: float = 0.3  # catapults begin once the loss is down at this part of the first one
+    ripe: float = 0.3  # catapults begin once the loss is down at this part of the first one,
+    fit_steps: int = 50  # or, where the batch repeats, after this long
     kappa: float = 2.0  # rate of an attempt: kappa * eta_crit
     growth: float = 2.0  # an attempt raises the rate of the last attempt at most by this factor
     spike: float = 1.2  # a loss above this times the lowest one of the attempt is a catapult under way
     drop: float = 2.0  # it has paid, and is cooled, once eta_crit is this factor above that of the attempt,
     ceiling: float = 4.0  # or gone far enough once the loss is (or will be) above this times the first one;
-    gain: float = 1.15  # after a catapult that raised eta_crit by less than this factor
-    higher: float = 1.5  # the next may go this factor higher, after a better one as much lower
+    gain: float = 1.2  # the next may go as high as should raise eta_crit by this factor, judged by the last one
     fatal: float = 1e6  # a loss above this times the first one (or not finite) is undone: restore the snapshot
     cool: float = 0.8  # rate while cooling, settling and, where the batch repeats, before the first: cool * eta_crit
     hot_steps: int = 10  # a catapult is held at the high rate at most this long
@@ -71,7 +71,7 @@ class CatapultPolicy:
     smoothing: int | None = None  # steps to average the loss over; None: 1 for a repeated batch, else 20
 
     def __post_init__(self) -> None:
-        for name in ("kappa", "growth", "spike", "drop", "ceiling", "gain", "higher", "fatal", "blow_up"):
+        for name in ("kappa", "growth", "spike", "drop", "ceiling", "gain", "fatal", "blow_up"):
             _check(name, getattr(self, name), above=1.0)
         for name in ("ripe", "cool", "follow", "finish", "settle", "begin", "measure_share"):
             _check(name, getattr(self, name), above=0.0, at_most=1.0)
@@ -88,7 +88,7 @@ class CatapultPolicy:
             check_whole_number(name, value)
 
 
-_WHOLE = ("hot_steps", "arm_steps", "patience", "measure_cooling", "measure_settled", "measure_following")
+_WHOLE = ("fit_steps", "hot_steps", "arm_steps", "patience", "measure_cooling", "measure_settled", "measure_following")
 
 
 def _check(name: str, value: float, *, above: float, at_most: float = math.inf) -> None:
@@ -274,7 +274,8 @@ class Catapulter:
     def _ready(self, step: int, loss: float, h: int) -> bool:
         """The loss is down far enough for catapults, or there is no more time for them."""
         s, p = self._state, self.policy
-        return (s.updates >= h and loss <= p.ripe * abs(s.first)) or self._ending(step)
+        down = s.updates >= h and loss <= p.ripe * abs(s.first)
+        return down or (h == 1 and s.steps > p.fit_steps) or self._ending(step)
 
     def _fit(self, loss: float, eta_crit: float, measured: bool, h: int) -> Decision:
         """Below the edge as gradient descent would be; on mini-batches by the margin of `follow`."""
@@ -357,13 +358,22 @@ class Catapulter:
     def _arm(self, step: int, loss: float, eta_crit: float) -> None:
         s, p = self._state, self.policy
         if s.phase == "start" and s.spiked:  # a catapult lies behind
-            change = p.higher if eta_crit < p.gain * s.armed else 1 / p.higher
-            s.height = min(max(s.height * change, p.ceiling), _HIGHEST)
+            s.height = min(max(s.height * self._correction(eta_crit / s.armed), p.ceiling), _HIGHEST)
         if s.phase == "arm":  # no spike came of it: what a failure has taken off comes back
             s.kappa = min(p.kappa, 1 + 2 * (s.kappa - 1))
         s.armed, target = eta_crit, s.kappa * eta_crit
         s.rate = s.attempt = min(target, p.growth * s.attempt)
         s.phase, s.entered, s.low = "arm", step, loss
+
+    def _correction(self, gained: float) -> float:
+        """Of the height of the next spike, by the factor that the last one gained in eta_crit.
+
+        A step of rate kappa * eta_crit takes from lambda what goes with the loss over lambda (thesis ch. 3): the gain
+        goes with the loss over lambda^2.
+        """
+        rise = max(0.0, math.log(gained))
+        change = math.log(self.policy.gain) / max(rise, 1e-3)
+        return min(max(change, 1 / _LOWERED), _RAISED) * math.exp(-2 * rise)
 
     def _recovery(self, step: int, loss: float, eta_crit: float, measured: bool, h: int) -> list[Event]:
         """Back at the old loss and below the edge: done. Too long away: start from the loss reached, more gently."""

@@ -43,7 +43,7 @@ def test_on_mini_batches_fits_with_the_margin_of_following_by_the_mean_loss() ->
 
 
 def test_blown_up_below_the_edge_it_goes_back_and_the_rate_grows_again_slowly() -> None:
-    decisions = run([1.0, 1.0, 11.0] + [1.0] * 100, ripe=0.3)
+    decisions = run([1.0, 1.0, 11.0] + [1.0] * 100, ripe=0.3, fit_steps=200)
     assert [i for i, d in enumerate(decisions, 1) if d.restore] == [3]
     assert {d.phase for d in decisions} == {"fit"}
     assert decisions[2].rate == pytest.approx(0.2)
@@ -59,11 +59,12 @@ def test_a_repeated_batch_is_cooled_before_the_loss_is_above_the_ceiling() -> No
     assert [d.phase for d in noisy[-3:]] == ["hot"] * 3
 
 
-def test_the_next_spike_may_go_higher_after_one_that_has_not_paid_and_less_high_after_one_that_has() -> None:
-    settings = CatapultPolicy(ripe=1.0, ceiling=4.0, gain=1.1, higher=2.0, hot_steps=10**6, patience=10**6)
+def test_the_next_spike_may_go_as_high_as_should_pay_judged_by_the_last_one() -> None:
+    """Its effect on log(eta_crit) is taken to go with its height over lambda^2."""
+    settings = CatapultPolicy(ripe=1.0, ceiling=4.0, gain=1.2, hot_steps=10**6, patience=10**6)
     machine, eta, step = Catapulter(settings), 1.0, 0
-    heights = []
-    for rise in [1.0, 1.05, 1.0, 1.2, 1.2, 1.0, 1.0, 1.0, 1.0, 1.0]:  # of eta_crit, after each spike
+    heights, rises = [], [1.0, 1.0, 1.2**0.5, 1.2, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    for rise in rises:  # of eta_crit, after each spike
         loss = 1.0
         while machine.phase != "cool":
             step += 1
@@ -74,7 +75,13 @@ def test_the_next_spike_may_go_higher_after_one_that_has_not_paid_and_less_high_
         for _ in range(2):
             step += 1
             machine.update(step=step, loss=1.0, eta_crit=eta)
-    assert heights == pytest.approx([4, 8, 16, 32, 16, 8, 16, 32, 64, 100], rel=0.05)
+    expected = [4, 16, 64, 128 / 1.2, 128 / 1.2**3, 128 / 1.2**3 / 1.5 / 4, 4 * 128 / 1.2**3 / 6, 16 * 128 / 1.2**3 / 6]
+    assert heights == pytest.approx([*expected, 64 * 128 / 1.2**3 / 6, 1000], rel=0.05)
+
+
+def test_a_repeated_batch_whose_loss_does_not_come_down_is_waited_for_so_long() -> None:
+    assert [d.phase for d in run([1.0] * 60, ripe=0.3)].index("arm") == 50
+    assert {d.phase for d in run([1.0] * 60, ripe=0.3, smoothing=5)} == {"fit"}
 
 
 def test_above_the_ceiling_it_cools_at_once_below_the_edge() -> None:
