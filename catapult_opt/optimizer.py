@@ -76,8 +76,8 @@ class CatapultSGD(Optimizer):
         >>> optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion)
         >>> criterion(model(torch.eye(2)), torch.zeros(2, 1)).backward()
         >>> optimizer.step()
-        >>> round(optimizer.param_groups[0]["effective_lr"], 2)  # 2 * eta_crit = 2 * 2 / 1.02
-        3.92
+        >>> round(optimizer.param_groups[0]["effective_lr"], 2)  # 0.4 * eta_crit = 0.4 * 2 / 3
+        0.27
     """
 
     def __init__(

@@ -53,8 +53,8 @@ class CatapultLR(Beside):
         >>> controller = CatapultLR(optimizer, model=model, criterion=criterion)
         >>> criterion(model(torch.eye(2)), torch.zeros(2, 1)).backward()
         >>> optimizer.step()
-        >>> round(optimizer.param_groups[0]["effective_lr"], 3)  # 2 * eta_crit = 2 * 2 (1 - 0.9) / 3
-        0.133
+        >>> round(optimizer.param_groups[0]["effective_lr"], 3)  # 0.4 * eta_crit = 0.4 * 2 (1 - 0.9) / 3
+        0.027
     """
 
     def __init__(
