@@ -128,7 +128,6 @@ class _State:
     slope: float = 0.0  # following, and in "fit" after a restore: what the rate grows by, a step
     interval: int = 1  # between measurements
     steps: int = 0  # decided
-    smoothing: int = 0  # of the last one
     entered: int = 0  # step at which the phase was entered
     spiked: int = 0  # step at which the loss left `low`
     undone: int = 0  # step of the last restore

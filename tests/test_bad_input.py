@@ -238,7 +238,7 @@ def test_monitor_of_something_else(optimizer: Any) -> None:
 POLICY: list[Row] = [
     *((name, v, ValueError, (repr(v),)) for name in ("kappa", "growth", "spike", "drop", "ceiling", "fatal")
       for v in (1.0, 0, -2.0, NAN, INF, "2", None)),
-    *((name, v, ValueError, (repr(v),)) for name in ("cool", "settle", "vectors")
+    *((name, v, ValueError, (repr(v),)) for name in ("cool", "settle", "ripe")
       for v in (0, -0.5, 1.5, NAN, INF, "1", None)),
     *((name, v, ValueError, (repr(v),))
       for name in ("hot_steps", "arm_steps", "patience", "measure_cooling", "measure_settled", "measure_following")

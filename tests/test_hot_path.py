@@ -109,7 +109,7 @@ def test_forwards_are_one_a_product(kind: str, every: int) -> None:
 
 # A policy that asks for no measurement of its own within these tests, far below the edge.
 NEVER = {"measure_cooling": 10**6, "measure_settled": 10**6, "arm_steps": 10**6}
-QUIET: dict[str, Any] = {"policy": CatapultPolicy(spike=1e5, **NEVER), "lr": 0.1}
+QUIET: dict[str, Any] = {"policy": CatapultPolicy(ripe=1.0, smoothing=1, spike=1e5, **NEVER), "lr": 0.1}
 
 
 def test_forwards_of_the_default_are_few() -> None:

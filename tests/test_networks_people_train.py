@@ -281,7 +281,7 @@ def test_checkpointed_as_a_whole(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dropout", "transformer", "lstm", "spectral_norm"])
 def test_optimizer_in_the_loop(name: str) -> None:
-    """CatapultSGD measures what the monitor measures; kappa = 2 on a first step."""
+    """CatapultSGD measures what the monitor measures; a first step is at 0.4 of the critical rate."""
     build, batch = NETWORKS[name]
     model, twin, criterion = make(build), make(build), CE()
     optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, policy=CatapultPolicy(catapults=True))
@@ -293,7 +293,7 @@ def test_optimizer_in_the_loop(name: str) -> None:
     criterion(model(x), y).backward()
     optimizer.step()
     assert optimizer.last.eta_crit == pytest.approx(expected, rel=0.03)
-    assert optimizer.param_groups[0]["effective_lr"] == pytest.approx(2 * expected, rel=0.03)
+    assert optimizer.param_groups[0]["effective_lr"] == pytest.approx(0.4 * expected, rel=0.03)
 
 
 # --------------------------------------------------------------------------------------------------------- precision
