@@ -220,7 +220,7 @@ def in_terminal(arguments, columns, *reactions):
     pty = pytest.importorskip("pty")
     parent, child = pty.openpty()
     environment = {**ENVIRONMENT, "TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "50"}
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests run in the background of a shell ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     process = subprocess.Popen([*COMMAND, *arguments], stdin=child, stdout=child, stderr=child, env=environment)
     signal.signal(signal.SIGINT, before)
     os.close(child)
