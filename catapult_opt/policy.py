@@ -19,7 +19,7 @@ _LARGEST_RATE = 1e30
 _LEAST_LOG = -600.0  # of a rate: its exponential is still a number
 # An attempt is never below this part of the critical rate, however many have failed: it has to find back.
 _LEAST = 1e-6
-# A spike above this many times the first loss is watched step by step.
+# A spike above this many times the first loss is watched step by step; below the edge, before the first, it is undone.
 _HIGH = 10.0
 # What the height of the next spike is raised and lowered by at most, and how many first losses it may be.
 _RAISED, _LOWERED, _HIGHEST = 4.0, 1.5, 1000.0
@@ -55,7 +55,7 @@ class CatapultPolicy:
     cool: float = 0.8  # rate while cooling, settling and, where the batch repeats, before the first: cool * eta_crit
     hot_steps: int = 10  # a catapult is held at the high rate at most this long
     arm_steps: int = 25  # an attempt without a spike is renewed after this long
-    patience: int = 100  # a catapult not over after this long is given up, and the loss reached is the new start
+    patience: int = 100  # a catapult not over after this long is given up: undone above `ripe`, else from there
     measure_cooling: int = 16  # steps between measurements, doubling from 1, at most: in a catapult being cooled
     measure_settled: int = 50  # after the last one,
     measure_following: int = 200  # and where there are none
@@ -214,9 +214,9 @@ class Catapulter:
         if s.rate and not -math.inf < loss <= above(s.first, limit):
             return self._undo(step, loss)
         if s.rate and s.phase not in ("follow", "settle") and eta_crit is not None and eta_crit > _COLLAPSED * s.armed:
-            if s.undone != step - 1:
+            if not self._restored(step):
                 return self._undo(step, loss)
-            s.armed = min(eta_crit, _LARGEST_RATE)  # these are the snapshot's own weights
+            s.armed = min(eta_crit, _LARGEST_RATE)
         h = p.smoothing or smoothing
         # This very loss, as a mean over many steps would see it too late; of a repeated batch even the coming one, as
         # it grows by the same factor again.
@@ -419,10 +419,14 @@ class Catapulter:
         sure = s.updates >= min(h, 10 if loss < above(s.first, 2.0) else 3)  # of the mean over mini-batches
         return (ending or over_time) and sure and loss > max(p.ripe * abs(s.first), s.low)
 
+    def _restored(self, step: int) -> bool:
+        """Are the weights the snapshot's own, by the step before?"""
+        return 0 < self._state.undone == step - 1
+
     def _undo(self, step: int, loss: float) -> Decision:
         """Beyond recovery: put the snapshot back and try again, more gently."""
         s, p = self._state, self.policy
-        if s.undone and s.undone == step - 1:  # at the snapshot's own weights: the rate cannot be to blame
+        if self._restored(step):  # the rate cannot be to blame
             s.first = max(s.first, loss) if math.isfinite(loss) else s.first
         else:
             s.kappa = 1 + (s.kappa - 1) / 2

@@ -236,12 +236,13 @@ def test_monitor_of_something_else(optimizer: Any) -> None:
 
 
 POLICY: list[Row] = [
-    *((name, v, ValueError, (repr(v),)) for name in ("kappa", "growth", "spike", "drop", "ceiling", "fatal")
+    *((name, v, ValueError, (repr(v),)) for name in ("kappa", "growth", "spike", "drop", "ceiling", "gain", "fatal")
       for v in (1.0, 0, -2.0, NAN, INF, "2", None)),
     *((name, v, ValueError, (repr(v),)) for name in ("cool", "settle", "ripe")
       for v in (0, -0.5, 1.5, NAN, INF, "1", None)),
     *((name, v, ValueError, (repr(v),))
-      for name in ("hot_steps", "arm_steps", "patience", "measure_cooling", "measure_settled", "measure_following")
+      for name in ("fit_steps", "hot_steps", "arm_steps", "patience",
+                   "measure_cooling", "measure_settled", "measure_following")
       for v in (0, -1, 2.5, NAN, "3", None, True)),
     *((name, v, ValueError, (repr(v),)) for name in ("total_steps", "smoothing") for v in (0, -1, 2.5, NAN, "3", True)),
     ("kapa", 2.0, TypeError, ()),

@@ -116,7 +116,7 @@ def test_a_collapse_is_undone(guarded: bool, monkeypatch: pytest.MonkeyPatch) ->
     if not guarded:
         monkeypatch.setattr(policy, "_COLLAPSED", math.inf)
 
-    run = Run(CatapultPolicy(), steps=300, disturb=kill_at(20), bias=False)
+    run = Run(CatapultPolicy(ripe=1.0), steps=300, disturb=kill_at(20), bias=False)
     assert (run.losses[-1] < 0.5 * run.losses[0]) is guarded
 
 

@@ -41,7 +41,7 @@ def test_critical_rate_and_update(momentum: float) -> None:
         torch.testing.assert_close(p.detach(), w - rate * p.grad, rtol=1e-12, atol=1e-12)
 
 
-def test_a_model_of_vectors_alone() -> None:
+def test_a_model_of_vectors_alone_moves_at_the_whole_rate() -> None:
     class Diagonal(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -55,6 +55,7 @@ def test_a_model_of_vectors_alone() -> None:
     criterion(model(torch.ones(3, 4)), torch.zeros(3, 4)).backward()
     optimizer.step()
     assert optimizer.last.eta_crit == pytest.approx(4.0, rel=5e-3)  # 2 / (2/12 * 3); differences in float32
+    torch.testing.assert_close(model.w.detach(), 1 - optimizer.param_groups[0]["effective_lr"] * model.w.grad)
 
 
 def test_cooling_brings_the_momentum_to_rest() -> None:

@@ -27,6 +27,12 @@ def test_first_step_is_twice_the_critical_rate_with_a_snapshot() -> None:
     assert (first.rate, first.phase, first.take_snapshot) == (0.5, "arm", True)
 
 
+def test_a_whole_catapult_goes_through_arm_hot_cool_and_arms_again() -> None:
+    losses = [1.0, 1.1, 2.0, 9.0, 150.0, 40.0, 5.0, 0.9, 0.9]
+    phases = [d.phase for d in run(losses)]
+    assert phases == ["arm", "arm", "hot", "hot", "cool", "cool", "cool", "arm", "arm"]
+
+
 def test_fits_below_the_edge_until_the_loss_is_down() -> None:
     decisions = run([1.0, 0.9, 0.5, 0.31, 0.29, 0.29], [1.0, 0.5, 1.0, 1.0, 1.0, 1.0], ripe=0.3)
     assert [d.phase for d in decisions] == ["fit"] * 4 + ["arm"] * 2
