@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .state import FieldsState, field_of, take_over
+
 Event = tuple[str, dict[str, Any]]
 
 # The thesis' epsilon in eta - eta_crit(X_batch) > epsilon (Sec. 4.4).
@@ -31,24 +33,34 @@ def is_super_critical(rate: float, eta_crit: float) -> bool:
 
 
 @dataclass
-class _State:
-    super_critical: int = 0
-    catapults: int = 0
-    collapses: int = 0
-    steps: int = 0
-    measured: int = 0
-    loss: float = 0.0  # running mean (the last value where nothing is averaged)
-    curvature: float = 0.0  # likewise
-    eta_crit: float = 0.0  # last measured
-    first_curvature: float = 0.0
-    low: float = math.inf  # level of the loss before the rise
-    low_curvature: float = 0.0  # curvature there
-    peak: float = 0.0
-    spiking: bool = False
-    peaked: bool = False
-    back: bool = False  # a spike returned, its curvature is not measured yet
-    risen_from: float = 0.0  # curvature before that spike
-    collapsed: bool = False
+class _State(FieldsState):
+    # Measured steps with eta - eta_crit > 1e-8.
+    super_critical: int = field_of(0, least=0)
+    # Episodes completed, and times the curvature vanished.
+    catapults: int = field_of(0, least=0)
+    collapses: int = field_of(0, least=0)
+    # Steps counted, those of them that were measured, and the last of these.
+    steps: int = field_of(0, least=0)
+    measured: int = field_of(0, least=0)
+    measured_at: int = field_of(0, least=0)
+    # Running means of loss and curvature: the last values where nothing is averaged.
+    loss: float = field_of(0.0)
+    curvature: float = field_of(0.0)
+    # Critical rate and curvature as last and as first measured.
+    eta_crit: float = field_of(0.0, infinite=True)
+    first_curvature: float = field_of(0.0)
+    # Level of the loss before the rise, and the curvature there.
+    low: float = field_of(math.inf, infinite=True)
+    low_curvature: float = field_of(0.0)
+    # A rise is under way; its highest loss so far; it has passed that.
+    spiking: bool = field_of(False)
+    peak: float = field_of(0.0)
+    peaked: bool = field_of(False)
+    # A spike came back, and its curvature is not measured yet; the curvature before that spike.
+    back: bool = field_of(False)
+    risen_from: float = field_of(0.0)
+    # The curvature has vanished.
+    collapsed: bool = field_of(False)
 
 
 class CatapultCounter:
@@ -84,11 +96,21 @@ class CatapultCounter:
     def measured_steps(self) -> int:
         return self._state.measured
 
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self._state))  # numbers only: nothing to copy deeply
+    @property
+    def age(self) -> int | None:
+        """Steps since the last measurement; None before the first."""
+        return self._state.steps - self._state.measured_at if self._state.measured else None
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._state = _State(**state)
+    def state_dict(self) -> dict[str, Any]:
+        return self._state.as_dict()
+
+    def parse(self, state: object) -> FieldsState:
+        """The state checked, to be given to `take`."""
+        return take_over(_State, state, "counter")
+
+    def take(self, state: FieldsState) -> None:
+        assert isinstance(state, _State)
+        self._state = state
 
     def update(
         self,
@@ -97,25 +119,26 @@ class CatapultCounter:
         rate: float,
         lambda_max: float | None = None,
         eta_crit: float | None = None,
-        smoothing: int = 1,
+        window: int = 1,
     ) -> list[Event]:
         """One step: loss, rate, and where measured curvature and critical rate; gives the events it completes.
 
         Only measured steps are counted as super-critical; in between, episodes go by the last values known, and are
-        counted once a measurement confirms that the curvature is lower. With smoothing > 1 (mini-batches) episodes are
-        read off running means; the super-critical count never is.
+        counted once a measurement confirms that the curvature is lower. With a window above 1 (mini-batches) episodes
+        are read off running means; the super-critical count never is.
         """
         s = self._state
         s.steps += 1
         if eta_crit is not None and lambda_max is not None:
             s.measured += 1
+            s.measured_at = s.steps
             s.super_critical += is_super_critical(rate, eta_crit)
             s.eta_crit = eta_crit
-            s.curvature += (lambda_max - s.curvature) / min(s.measured, smoothing)
+            s.curvature += (lambda_max - s.curvature) / min(s.measured, window)
             s.first_curvature = s.first_curvature or lambda_max
         if not math.isfinite(loss) or s.measured == 0:
             return []
-        s.loss += (loss - s.loss) / min(s.steps, smoothing)
+        s.loss += (loss - s.loss) / min(s.steps, window)
         events = self._collapse() or self._episode(is_super_critical(rate, s.eta_crit))
         return events + (self._confirm() if eta_crit is not None else [])
 

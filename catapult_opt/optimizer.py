@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import dataclasses
-import io
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,23 +15,24 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from .bases import next_update
-from .curvature.vectors import Vector
-from .distributed import local
-from .measure import CriticalLR
-from .monitor import Session, check_model
-from .policy import Catapulter, CatapultPolicy, Decision
+from .controller import Controller
+from .memory import check_entries
+from .observer import check_model, params_of
+from .options import MeasuringOptions
+from .policy import CatapultPolicy
 from .scaling import LossScaler
+from .state import parse
+from .step_hook import Face, attend
+from .updates import next_update
 
-_VECTOR = "catapult_vector"  # warm start of the next measurement
-_SNAPSHOT = "catapult_snapshot"  # weights to return to from a catapult that does not come back
-_BUFFERS = "catapult_buffers"  # BatchNorm statistics and the like to return to, as text: a group holds no tensors
-# Everything else, as a JSON string: immutable, and survives every kind of checkpoint. Written when somebody asks; ""
-# where what is known here is newer.
+# The controller's state but for its tensors, as a JSON string in every group: it survives every kind of checkpoint.
+# Written when somebody asks for the optimizer's state.
 _STATE = "catapult_state"
+# Where 0.1.0 kept the buffers of its snapshot.
+_FORMER_BUFFERS = "catapult_buffers"
 
 
-class CatapultSGD(Optimizer):
+class CatapultSGD(Face, Optimizer):
     """SGD with momentum at a rate of its own: above the critical one, so that the loss catapults and features align.
 
     A drop-in for `torch.optim.SGD` that needs no learning rate: hooks on `model` and `criterion` see the batches, at
@@ -124,134 +123,136 @@ class CatapultSGD(Optimizer):
             name = "maximize" if maximize else "differentiable"
             raise ValueError(f"{name}=True does not go with a model: minimise the negated loss, or pass model=None")
         super().__init__(params, defaults)
-        self._session: Session | None = None
-        self._machine: Catapulter | None = None
-        self._written = ""
+        self._controller: Controller | None = None
+        self._observer, self._recorder = None, None
+        options = MeasuringOptions(
+            every=every,
+            overhead=overhead,
+            engine=engine,
+            log=log,
+            outputs=outputs,
+            grad_scaler=grad_scaler,
+            process_group=process_group,
+        )
         if model is not None:
-            self.attach(
-                model=model,
-                criterion=criterion,
-                policy=policy,
-                every=every,
-                overhead=overhead,
-                engine=engine,
-                log=log,
-                outputs=outputs,
-                grad_scaler=grad_scaler,
-                process_group=process_group,
-            )
-        else:
-            given = {"criterion": criterion, "policy": policy, "every": every, "overhead": overhead, "log": log}
-            given |= {"process_group": process_group}
-            given |= {"outputs": outputs, "grad_scaler": grad_scaler, "engine": None if engine == "auto" else engine}
-            for name, value in given.items():
-                if value is not None:
-                    raise ValueError(f"{name}={value!r} needs a model: pass model=, or leave it out")
+            self._attach(model, criterion, policy, options)
+            return
+        for name, value in {"criterion": criterion, "policy": policy, **options.given()}.items():
+            if value is not None:
+                raise ValueError(f"{name}={value!r} needs a model: pass model=, or leave it out")
 
     def __repr__(self) -> str:
         """As torch's, without the controller's state, which is long and for checkpoints only."""
         lines = super().__repr__().splitlines()
-        return "\n".join(line for line in lines if not line.lstrip().startswith((_STATE, _BUFFERS)))
+        return "\n".join(line for line in lines if not line.lstrip().startswith(_STATE))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its settings are checked as those of the constructor."""
         if isinstance(param_group, dict):
             _check_settings({**self.defaults, **param_group})
-        session = self.__dict__.get("_session")  # not there yet while the constructor adds the first groups
+        controller = self.__dict__.get("_controller")  # not there yet while the constructor adds the first groups
         before = len(self.param_groups)
         super().add_param_group(param_group)
-        if session is None:
+        if controller is None:
             return
         try:
-            check_model(session.model, self.param_groups[-1]["params"])
+            check_model(controller.observer.model, self.param_groups[-1]["params"])
         except ValueError:
             del self.param_groups[before:]
             raise
-        self.param_groups[-1] |= {"effective_lr": 0.0, **{k: self.param_groups[0][k] for k in (_STATE, _BUFFERS)}}
+        self._complete_groups()
 
     def attach(
-        self,
-        *,
-        model: nn.Module,
-        criterion: Any,
-        policy: CatapultPolicy | None = None,
-        every: int | None = None,
-        overhead: float | None = None,
-        engine: str = "auto",
-        log: str | os.PathLike[str] | None = None,
-        outputs: Callable[[Any], Any] | None = None,
-        grad_scaler: LossScaler | None = None,
-        process_group: Any = None,
+        self, *, model: nn.Module, criterion: Any, policy: CatapultPolicy | None = None, **measuring: Any
     ) -> None:
-        """(Re)connect to model and criterion: after a deep copy or unpickling, which keep the state but no hooks."""
-        if policy is not None and not isinstance(policy, CatapultPolicy):
-            raise TypeError(f"policy must be a CatapultPolicy, got {policy!r}")
-        policy = policy or CatapultPolicy()
-        settings: dict[str, Any] = {"every": every, "overhead": overhead, "policy": dataclasses.asdict(policy)}
-        settings |= {k: float(v) if isinstance(v, Tensor) else v for k, v in self.defaults.items()}
-        session = Session(
+        """(Re)connect to model and criterion: after a deep copy or unpickling, which keep the state but no hooks.
+
+        Args:
+            model, criterion, policy: as for the constructor.
+            measuring: every, overhead, engine, log, outputs, grad_scaler, process_group, as for the constructor.
+
+        Raises:
+            ValueError, TypeError: an argument is not usable; says which and why. Nothing was changed.
+        """
+        self._attach(model, criterion, policy, MeasuringOptions(**measuring))
+
+    def _attach(
+        self, model: nn.Module, criterion: Any, policy: CatapultPolicy | None, options: MeasuringOptions
+    ) -> None:
+        settings = {k: float(v) if isinstance(v, Tensor) else v for k, v in self.defaults.items()}
+        controller = Controller(
             type(self).__name__,
             self,
             model,
             criterion,
-            outputs=outputs,
-            every=every,
-            overhead=overhead,
-            engine=engine,
-            log=log,
+            policy=policy,
+            options=options,
+            state=self.state,
             settings=settings,
-            grad_scaler=grad_scaler,
-            copies=2,  # warm start and snapshot
-            process_group=process_group,
-            share=policy.measure_share,
         )
+        self._store()
+        try:
+            text = self.param_groups[0].get(_STATE)  # also of the optimizer that this one is a copy of
+            state = controller.parse(parse(text)) if text else None
+        except ValueError:
+            controller.close()
+            raise
         self.detach()
-        self._session, self._machine, self._written = session, Catapulter(policy), ""
+        self._controller, self._observer, self._recorder = controller, controller.observer, controller.recorder
+        attend(self)
         self._complete_groups()
+        if state is not None:
+            controller.take(state)
 
     def detach(self) -> None:
-        """Remove the hooks from model and criterion and close the log. `step()` then needs a new `attach`."""
-        if self._session is not None:
+        """Remove the hooks from model and criterion and close the log. `step()` then needs a new `attach`.
+
+        What was counted can still be read.
+        """
+        if self._controller is not None:
             self._store()
-            self._session.detach()
-        self._session = self._machine = None
-
-    @property
-    def criterion(self) -> nn.Module | None:
-        """The criterion whose calls are observed: a plain function given as criterion must be called through this."""
-        return None if self._session is None else self._session.criterion
-
-    @property
-    def last(self) -> CriticalLR | None:
-        """The last measurement: of that step's batch, at the weights before its update."""
-        return None if self._session is None else self._session.last
-
-    @property
-    def super_critical_steps(self) -> int:
-        """Measured steps with eta - eta_crit > 1e-8: the thesis' count of catapults in SGD."""
-        return 0 if self._session is None else self._session.counter.super_critical_steps
-
-    @property
-    def catapults(self) -> int:
-        """Episodes completed: rise from a super-critical start, peak, return with a lower lambda_max."""
-        return 0 if self._session is None else self._session.counter.catapults
+            self._controller.close()
+            attend(self, False)
+        self._controller = None
 
     @property
     def phase(self) -> str | None:
-        """What the policy does: "fit", "arm", "hot", "cool", "settle" or "follow" ("start" before the first step)."""
-        return None if self._machine is None else self._machine.phase
+        """What the policy does, see `policy`; None without a model."""
+        return None if self._controller is None else self._controller.phase
 
-    def log_metrics(self, **values: float) -> None:
-        """Log metrics at the present step, e.g. val_loss=0.3; names that start with `val` rank runs in the report."""
-        if self._session is not None:
-            self._session.log_metrics(values)
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Evaluate the averaged weights: they and their buffers are in the model inside, and back to the bit after it.
+
+        The average runs over calm steps only, so that it never lies in a catapult. Inside, `step()` is refused.
+
+        Raises:
+            RuntimeError: there is no model.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = CatapultSGD(model.parameters(), model=model, criterion=nn.MSELoss())
+            >>> with optimizer.averaged():
+            ...     outputs = model(torch.eye(2))
+        """
+        with self._attached().averaged():
+            yield
+
+    def use_averaged(self) -> None:
+        """Put the averaged weights and buffers into the model for good, at the end of a training.
+
+        Raises:
+            RuntimeError: there is no model.
+        """
+        self._attached().restore()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # Absent after unpickling and deep copies (the state of an Optimizer is its groups), kept by load_state_dict.
-        self.__dict__.setdefault("_session", None)
-        self.__dict__.setdefault("_machine", None)
-        self.__dict__.setdefault("_written", "")
+        for name in ("_controller", "_observer", "_recorder"):
+            self.__dict__.setdefault(name, None)
+        if self._controller is not None:  # load_state_dict makes a new mapping
+            self._controller.memory.keep_in(self.state)
         for group in self.param_groups:  # of a state dict of an older torch.optim.SGD
             group.setdefault("nesterov", False)
             group.setdefault("maximize", False)
@@ -272,20 +273,38 @@ class CatapultSGD(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict: the run then goes on as it would have gone where it was taken, to the bit.
 
+        Parameters are told apart by their names in the model where the state holds them: the same ones in another order
+        within their groups are put in order.
+
         Raises:
-            ValueError: with a model, for the state dict of another optimizer, whose lr is a rate and not a multiplier.
+            ValueError: with a model, for the state dict of another optimizer, whose lr is a rate and not a multiplier,
+                or a controller's state that is damaged; names the field. The state before stays as it was.
         """
-        if self._session is not None:
-            _check_own(state_dict)
+        controller = self._controller
+        if controller is None:
+            super().load_state_dict(state_dict)
+            return
+        _check_own(state_dict)
+        text = state_dict["param_groups"][0].get(_STATE)
+        document = parse(text) if text else {}
+        document.setdefault("buffers", state_dict["param_groups"][0].get(_FORMER_BUFFERS) or {})
+        state = controller.parse(document) if text else None
+        state_dict = _in_order(
+            state_dict, document.get("parameters"), controller.observer.parameter_names(params_of(self))
+        )
+        state_dict = self._checked(state_dict)
         super().load_state_dict(state_dict)
-        if self._session is not None:
-            self._complete_groups()
+        for group in self.param_groups:
+            group.pop(_FORMER_BUFFERS, None)
+        self._complete_groups()
+        if state is not None:
+            controller.take(state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; batches whose gradients are thrown away no longer belong to the step."""
         super().zero_grad(set_to_none)
-        if self._session is not None:
-            self._session.capture.drop_finished()
+        if self._controller is not None:
+            self._controller.observer.drop_finished()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update at the controller's rate.
@@ -306,56 +325,20 @@ class CatapultSGD(Optimizer):
 
     def _step(self) -> None:
         self._refuse_sparse()
-        if self._session is None:
+        controller = self._controller
+        if controller is None:
             self._refuse_unattached()
             self._update(None)
-        elif self._session.initialising():
-            self._prepare_state()
+        elif controller.observer.initialising():
+            controller.memory.prepare(controller.observer.params)
             self._update(0.0)
         else:
-            self._load()
-            decision = self._decide()
+            decision = controller.step(next_update(self, scale=controller.observer.measures_next))
             if decision.restore:
-                self._restore()
+                controller.restore()
+                self._stop(controller.observer.params)
             else:
                 self._update(decision.rate, brake=decision.brake)
-
-    def _decide(self) -> Decision:
-        """Observe the step, ask the policy on measured ones, and log."""
-        session, machine = self._session, self._machine
-        assert session is not None and machine is not None
-        update = next_update(self, scale=session.capture.armed)
-        seen = session.observe(self._start(), update, need_loss=machine.phase != "settle")
-        self._prepare_state()
-        decision = session.decide(machine, seen)
-        if seen.vector is not None:
-            for p, v in zip(session.params, seen.vector, strict=True):
-                local(self.state[p][_VECTOR]).copy_(v)
-        if decision.take_snapshot:
-            for p in session.params:
-                self.state[p][_SNAPSHOT].copy_(p)
-            buffers = _packed(session.buffers())
-            for group in self.param_groups:
-                group[_BUFFERS] = buffers
-        averages = None
-        if seen.smoothing > 1:
-            averages = {"eta_crit_mean": machine.eta_crit, "log_lambda_sd": machine.spread}
-        session.record(seen, update.rate * decision.rate, decision, averages)
-        self._written = ""
-        for group in self.param_groups:
-            group[_STATE] = ""
-        return decision
-
-    def _start(self) -> Vector | None:
-        """The warm start, on a measured step."""
-        assert self._session is not None
-        if not self._session.capture.armed:
-            return None
-        kept = [self.state.get(p, {}).get(_VECTOR) for p in self._session.params]
-        return [
-            torch.zeros_like(local(p)) if v is None else local(v)
-            for p, v in zip(self._session.params, kept, strict=True)
-        ]
 
     def _update(self, rate: float | None, brake: bool = False) -> None:
         """torch's own SGD update at lr * rate (None: at lr)."""
@@ -394,50 +377,37 @@ class CatapultSGD(Optimizer):
             if self.state[p].get("momentum_buffer") is not None:
                 self.state[p]["momentum_buffer"].zero_()
 
-    def _restore(self) -> None:
-        """Back to the snapshot, at rest."""
-        assert self._session is not None
-        for p in self._session.params:
-            p.copy_(self.state[p][_SNAPSHOT])
-        self._session.restore_buffers(_unpacked(self.param_groups[0][_BUFFERS]))
-        self._stop(self._session.params)
-
-    def _prepare_state(self) -> None:
-        """Per-parameter tensors of the controller, all there from the first step: they shard with the parameter."""
-        assert self._session is not None
-        for p in self._session.params:
-            state = self.state[p]
-            if _VECTOR not in state:
-                state[_VECTOR] = torch.zeros_like(p)
-                state[_SNAPSHOT] = p.detach().clone()
+    def _attached(self) -> Controller:
+        if self._controller is None:
+            raise RuntimeError(
+                "this CatapultSGD has no model, and so no average of its weights: pass model=, or attach"
+            )
+        return self._controller
 
     def _complete_groups(self) -> None:
-        """What a controlled optimizer's groups hold; take over the state they bring along, if any."""
-        self._load()
+        """What a controlled optimizer's groups hold beside torch's."""
         for group in self.param_groups:
             group.setdefault("effective_lr", 0.0)
-            group.setdefault(_BUFFERS, "")
             group.setdefault(_STATE, "")
 
     def _store(self) -> None:
-        """Into the groups; what a copy without a model has there stays."""
-        if self._session is None or self._machine is None:
+        """The controller's state into the groups; what a copy without a model has there stays."""
+        if self._controller is None:
             return
-        self._session.catch_up()
-        state = {"session": self._session.state_dict(), "machine": self._machine.state_dict()}
-        self._written = json.dumps(state)
+        text = json.dumps(self._controller.state_dict(params_of(self)))
         for group in self.param_groups:
-            group[_STATE] = self._written
+            group[_STATE] = text
 
-    def _load(self) -> None:
-        """Take over a state that was loaded since the last step, by whatever way it came into the groups."""
-        text = self.param_groups[0].get(_STATE) or ""
-        if text and text != self._written:
-            assert self._session is not None and self._machine is not None
-            state = json.loads(text)
-            self._session.load_state_dict(state["session"])
-            self._machine.load_state_dict(state["machine"])
-            self._written = text
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state dict with each parameter's entries under their present names; a ValueError if one does not fit."""
+        assert self._controller is not None
+        names = self._controller.observer.parameter_names(params_of(self))
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        entries = dict(state_dict.get("state", {}))
+        for key, p, name in zip(saved, params_of(self), names, strict=False):
+            if key in entries:
+                entries[key] = check_entries(entries[key], p, name)
+        return {**state_dict, "state": entries}
 
     def _refuse_sparse(self) -> None:
         for group in self.param_groups:
@@ -456,20 +426,35 @@ class CatapultSGD(Optimizer):
             )
 
 
-def _packed(tensors: dict[str, Tensor]) -> str:
-    """Tensors as text."""
-    if not tensors:
-        return ""
-    file = io.BytesIO()
-    torch.save(tensors, file)
-    return base64.b64encode(file.getvalue()).decode("ascii")
+def _in_order(state_dict: dict[str, Any], saved: Any, names: list[str]) -> dict[str, Any]:
+    """The state dict with the parameters of each group in the order of the present ones, by their names.
 
+    torch goes by the position alone. Where names are not known, or none is to be found again (the model stands inside
+    another one now), the position is all there is.
 
-def _unpacked(text: str) -> dict[str, Tensor]:
-    if not text:
-        return {}
-    tensors: dict[str, Tensor] = torch.load(io.BytesIO(base64.b64decode(text)), map_location="cpu", weights_only=True)
-    return tensors
+    Raises:
+        ValueError: some of the parameters are at other places, and it is not a mere change of order within a group.
+    """
+    groups = state_dict["param_groups"]
+    keys = [key for group in groups for key in group["params"]]
+    # torch.distributed.checkpoint puts parameters in order itself, and names them by strings.
+    if saved == names or not isinstance(saved, list) or len(saved) != len(keys) or len(names) != len(keys):
+        return state_dict
+    if any(isinstance(key, str) for key in keys) or not any(name in names for name in saved):
+        return state_dict
+    ordered, first = [], 0
+    for group in groups:
+        places = range(first, first + len(group["params"]))
+        first = places.stop
+        at = {saved[i]: keys[i] for i in places}
+        missing = [names[i] for i in places if names[i] not in at]
+        if missing:
+            raise ValueError(
+                f"state_dict: its parameters are in other places than this optimizer's, and {missing[0]!r} is not in "
+                "the same group: make the groups as they were when the state was saved"
+            )
+        ordered.append({**group, "params": [at[names[i]] for i in places]})
+    return {**state_dict, "param_groups": ordered}
 
 
 def _check_own(state_dict: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from .catapults import Event, above
 from .checks import check_whole_number
+from .state import FieldsState, field_of, take_over
 
 # Stands for "no curvature at all", where 2 / lambda is infinite.
 _LARGEST_RATE = 1e30
@@ -112,30 +113,32 @@ class Decision:
 
 
 @dataclass
-class _State:
+class _State(FieldsState):
     """Everything the machine remembers: plain numbers, so that it survives every kind of checkpoint."""
 
-    phase: str = "start"
-    rate: float = 0.0  # held between measurements
-    attempt: float = math.inf  # rate of the last attempt; following: the most that growth has come to
-    armed: float = 0.0  # eta_crit at its start; following: the lowest so far
-    kappa: float = 0.0
-    height: float = 0.0  # at which a spike is cooled, in first losses
-    low: float = math.inf  # the loss to come back to
-    began: float = 0.0  # loss of the first step
-    first: float = 0.0  # the same, but that of the snapshot where this was far above
-    before: float = 0.0  # loss of the last step
-    slope: float = 0.0  # following, and in "fit" after a restore: what the rate grows by, a step
-    interval: int = 1  # between measurements
-    steps: int = 0  # decided
-    entered: int = 0  # step at which the phase was entered
-    spiked: int = 0  # step at which the loss left `low`
-    undone: int = 0  # step of the last restore
-    updates: int = 0  # that the mean loss ran over,
-    measured: int = 0  # and the mean curvature
-    mean_loss: float = 0.0
-    mean_log_curvature: float = 0.0
-    var_log_curvature: float = 0.0
+    phase: str = field_of("start", choices=("start", "fit", "arm", "hot", "cool", "settle", "follow"))
+    rate: float = field_of(0.0)  # held between measurements
+    attempt: float = field_of(
+        math.inf, infinite=True
+    )  # rate of the last attempt; following: the most that growth has come to
+    armed: float = field_of(0.0)  # eta_crit at its start; following: the lowest so far
+    kappa: float = field_of(0.0)
+    height: float = field_of(0.0)  # at which a spike is cooled, in first losses
+    low: float = field_of(math.inf, infinite=True)  # the loss to come back to
+    began: float = field_of(0.0)  # loss of the first step
+    first: float = field_of(0.0)  # the same, but that of the snapshot where this was far above
+    before: float = field_of(0.0)  # loss of the last step
+    slope: float = field_of(0.0)  # following, and in "fit" after a restore: what the rate grows by, a step
+    interval: int = field_of(1, least=1)  # between measurements
+    steps: int = field_of(0, least=0)  # decided
+    entered: int = field_of(0, least=0)  # step at which the phase was entered
+    spiked: int = field_of(0, least=0)  # step at which the loss left `low`
+    undone: int = field_of(0, least=0)  # step of the last restore
+    updates: int = field_of(0, least=0)  # that the mean loss ran over,
+    measured: int = field_of(0, least=0)  # and the mean curvature
+    mean_loss: float = field_of(0.0)
+    mean_log_curvature: float = field_of(0.0)
+    var_log_curvature: float = field_of(0.0)
 
 
 class Catapulter:
@@ -179,10 +182,15 @@ class Catapulter:
         return self._state.rate
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self._state))  # numbers only: nothing to copy deeply
+        return self._state.as_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._state = _State(**state)
+    def parse(self, state: object) -> FieldsState:
+        """The state checked, to be given to `take`."""
+        return take_over(_State, state, "policy")
+
+    def take(self, state: FieldsState) -> None:
+        assert isinstance(state, _State)
+        self._state = state
 
     def update(
         self,

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .bases import check_supported, next_update
-from .curvature.vectors import Vector
-from .distributed import local
-from .monitor import Beside, Session, plain_settings
+from .controller import Controller
+from .memory import AVERAGE, VECTOR, check_entries
 from .optimizer import CatapultSGD
-from .policy import Catapulter, CatapultPolicy, Decision
+from .options import MeasuringOptions
+from .policy import CatapultPolicy, Decision
 from .scaling import LossScaler
+from .step_hook import StepHook, plain_settings
+from .updates import check_supported, next_update
 
 _BASE = "catapult_base_lr"  # what a group's lr is relative to
 # Running sums of gradients, brought to rest when a spike is cooled or undone.
 _VELOCITIES = ("momentum_buffer", "exp_avg")
-_KEPT = {"session", "machine", "vector", "snapshot", "buffers"}  # in a state dict
+# Where a state of 0.1.0 has them: tensors of the trainable parameters, in their order.
+_LISTS = {"vector": VECTOR, "average": AVERAGE, "snapshot": AVERAGE}
 
 
-class CatapultLR(Beside):
+class CatapultLR(StepHook):
     """Drives the rate of a torch optimizer: above the critical one of its own update, so that the loss catapults.
 
     The optimizer keeps its name, its state and its place in the loop; nothing has to be called. For the time of each
@@ -44,7 +47,7 @@ class CatapultLR(Beside):
         TypeError: an optimizer whose critical rate is not known, or an argument of the wrong type.
         ValueError: an argument is not usable; says which and why.
 
-    Source: thesis ch. 5 (the optimizer); critical rates of the bases: `catapult_opt.bases`.
+    Source: thesis ch. 5 (the optimizer); critical rates of the bases: `catapult_opt.updates`.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -78,93 +81,95 @@ class CatapultLR(Beside):
                 "optimizer: CatapultSGD sets a rate of its own: pass torch.optim.SGD, or leave CatapultLR out"
             )
         _check_unfused(optimizer)
-        if policy is not None and not isinstance(policy, CatapultPolicy):
-            raise TypeError(f"policy must be a CatapultPolicy, got {policy!r}")
-        policy = policy or CatapultPolicy()
         bases = [_base(g) for g in optimizer.param_groups]
         if not max(bases) > 0:
             raise ValueError(f"optimizer: lr must be above 0, as rates are relative to it; got {bases}")
-        settings: dict[str, Any] = {"every": every, "overhead": overhead, "policy": dataclasses.asdict(policy)}
-        settings |= {"optimizer": type(optimizer).__name__, **plain_settings(optimizer.defaults)}
-        self._session = Session(
-            type(self).__name__,
-            optimizer,
-            model,
-            criterion,
-            outputs=outputs,
+        options = MeasuringOptions(
             every=every,
             overhead=overhead,
             engine=engine,
             log=log,
-            settings=settings,
+            outputs=outputs,
             grad_scaler=grad_scaler,
-            copies=2,
             process_group=process_group,
-            share=policy.measure_share,
         )
-        self._optimizer, self._machine = optimizer, Catapulter(policy)
-        self._vector: dict[Tensor, Tensor] = {}  # warm start and snapshot by parameter: groups may be added
-        self._snapshot: dict[Tensor, Tensor] = {}
-        self._buffers: dict[str, Tensor] = {}  # BatchNorm statistics and the like, of the snapshot
+        super().__init__(optimizer)
+        self._state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)  # by parameter: groups may be added
+        self._controller = Controller(
+            type(self).__name__,
+            optimizer,
+            model,
+            criterion,
+            policy=policy,
+            options=options,
+            state=self._state,
+            settings={"optimizer": type(optimizer).__name__, **plain_settings(optimizer.defaults)},
+        )
+        self._observer, self._recorder = self._controller.observer, self._controller.recorder
         self._set_aside: list[tuple[Any, Any]] = []
         _complete_groups(optimizer)
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._attach(optimizer, optimizer.register_step_post_hook(self._after_step))
 
     @property
     def phase(self) -> str:
-        """What the policy does: "fit", "arm", "hot", "cool", "settle" or "follow" ("start" before the first step)."""
-        return self._machine.phase
+        """What the policy does, see `policy`."""
+        return self._controller.phase
 
-    def detach(self) -> None:
-        """Leave the optimizer to itself, at its own lr: remove the hooks, close the log."""
-        for handle in self._handles:
-            handle.remove()
-        self._session.detach()
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Evaluate the averaged weights: they and their buffers are in the model inside, and back to the bit after it.
+
+        The average runs over calm steps only, so that it never lies in a catapult. Inside, the optimizer's `step()` is
+        refused.
+        """
+        with self._controller.averaged():
+            yield
+
+    def use_averaged(self) -> None:
+        """Put the averaged weights and buffers into the model for good, at the end of a training."""
+        self._controller.restore()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run goes on from, beside the optimizer's own state dict: numbers, strings and tensors.
+        """What a run goes on from, beside the optimizer's own state dict: plain values and tensors.
 
         The tensors are sharded as the parameters are, and there from the start: torch.distributed.checkpoint loads into
         them.
         """
-        self._session.catch_up()
+        params = self._observer.params
+        self._controller.memory.prepare(params)
         return {
-            "session": self._session.state_dict(),
-            "machine": self._machine.state_dict(),
-            "vector": self._sharded_vector(),
-            "snapshot": [self._snapshot.get(p, p).detach().clone() for p in self._session.params],
-            "buffers": {name: b.clone() for name, b in self._buffers.items()},
+            **self._controller.state_dict(params),
+            "vector": [self._state[p][VECTOR].clone() for p in params],
+            "average": [self._state[p][AVERAGE].clone() for p in params],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on as the run would have gone where the state was taken."""
-        params = self._session.params
-        missing = _KEPT - state_dict.keys()
-        if missing:
-            raise ValueError(f"state_dict has no {sorted(missing)}: pass what CatapultLR.state_dict() gave")
-        for name in ("vector", "snapshot"):
-            shapes = [x.shape for x in state_dict[name] or []]
-            if shapes and shapes != [p.shape for p in params]:
-                raise ValueError(
-                    f"state_dict: {name} has shapes {[tuple(x) for x in shapes]}, and the parameters "
-                    f"{[tuple(p.shape) for p in params]}: is it another model's?"
-                )
-        self._session.load_state_dict(state_dict["session"])
-        self._machine.load_state_dict(state_dict["machine"])
-        self._vector = {p: local(x).clone() for p, x in zip(params, state_dict["vector"] or [], strict=False)}
-        self._snapshot = {p: x.clone() for p, x in zip(params, state_dict["snapshot"] or [], strict=False)}
-        self._buffers = {name: b.clone() for name, b in state_dict["buffers"].items()}
+        """Go on as the run would have gone where the state was taken.
 
-    def _sharded_vector(self) -> Vector:
-        """The warm start as parameters are, sharded with them; zeros before there is one."""
-        whole = [torch.zeros_like(p, requires_grad=False) for p in self._session.params]
-        for x, p in zip(whole, self._session.params, strict=True):
-            if p in self._vector:
-                local(x).copy_(self._vector[p])
-        return whole
+        Parameters are told apart by their names in the model, where the state holds them, and by their order where not.
+
+        Raises:
+            ValueError: a state that is damaged, or another model's; names the field. The state before stays as it was.
+        """
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"state_dict must be what CatapultLR.state_dict() gave, got {type(state_dict).__name__}")
+        state = self._controller.parse(state_dict)
+        params = self._observer.params
+        names = self._observer.parameter_names(params)
+        saved = state_dict.get("parameters")
+        entries: list[dict[str, Any]] = [{} for _ in params]
+        for name, key in _LISTS.items():
+            tensors = state_dict.get(name) or []
+            known = isinstance(saved, list) and any(x in saved for x in names)
+            at = dict(zip(saved if known and isinstance(saved, list) else names, tensors, strict=False))
+            if not known and tensors and len(tensors) != len(params):
+                raise ValueError(f"state: {name} has {len(tensors)} tensors for {len(params)} trainable parameters")
+            for entry, own in zip(entries, names, strict=True):
+                entry |= {key: at[own]} if own in at else {}
+        checked = [check_entries(e, p, name) for e, p, name in zip(entries, params, names, strict=True)]
+        self._controller.take(state)
+        for p, entry in zip(params, checked, strict=True):
+            self._state[p] = {key: x.detach().clone().to(p) for key, x in entry.items()}
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -174,22 +179,13 @@ class CatapultLR(Beside):
 
     @torch.no_grad()
     def _observe(self, optimizer: Optimizer) -> None:
-        session, machine = self._session, self._machine
-        if session.initialising():
+        controller = self._controller
+        if controller.observer.initialising():
             return
         _complete_groups(optimizer)  # some may be new, or loaded from a checkpoint without a controller
-        update = next_update(optimizer, scale=session.capture.armed)
-        seen = session.observe(session.aligned(self._vector), update, need_loss=machine.phase != "settle")
         unit = max(g[_BASE] for g in optimizer.param_groups)
-        factor = update.rate / unit
-        decision = session.decide(machine, seen)
-        if seen.vector is not None:
-            self._vector = dict(zip(session.params, seen.vector, strict=True))
-        if decision.take_snapshot:
-            self._snapshot = {p: p.detach().clone() for p in session.params}
-            self._buffers = {name: b.clone() for name, b in session.buffers().items()}
-        session.record(seen, factor * decision.rate, decision)
-        self._apply(optimizer, decision, unit)
+        update = next_update(optimizer, scale=controller.observer.measures_next)
+        self._apply(optimizer, controller.step(update, unit), unit)
 
     def _apply(self, optimizer: Optimizer, decision: Decision, unit: float) -> None:
         """The step's rates in place of lr, or the weights back."""
@@ -205,10 +201,8 @@ class CatapultLR(Beside):
             group["lr"] = torch.full_like(lr, rate) if isinstance(lr, Tensor) else rate
 
     def _restore(self, optimizer: Optimizer) -> None:
-        """The snapshot back; without gradients the step then changes nothing."""
-        for p, kept in self._snapshot.items():
-            p.copy_(kept)
-        self._session.restore_buffers(self._buffers)
+        """The average back; without gradients the step then changes nothing."""
+        self._controller.restore()
         for p in (p for g in optimizer.param_groups for p in g["params"] if p.grad is not None):
             self._set_aside.append((p, p.grad))
             p.grad = None

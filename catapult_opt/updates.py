@@ -24,7 +24,7 @@ class BaseUpdate:
     rate: float  # the largest among the groups
     scale: Scale  # per parameter: relative rate, over the preconditioner where there is one; None: all ones
     critical: Callable[[float], float]  # lambda_max of scale^(1/2) G scale^(1/2) -> critical rate
-    noisy: float = 1.0  # the critical rate with mini-batch noise, where momentum helps no more, over that without
+    minibatch_factor: float = 1.0  # of the critical rate, what mini-batch noise leaves where momentum helps no more
 
 
 def next_update(optimizer: Optimizer, *, scale: bool = True) -> BaseUpdate:
@@ -44,11 +44,11 @@ def next_update(optimizer: Optimizer, *, scale: bool = True) -> BaseUpdate:
     """
     groups = [g for g in optimizer.param_groups if any(p.requires_grad for p in g["params"])]
     largest = max(float(g["lr"]) for g in groups)
-    noisy = _noisy(groups)
+    factor = _minibatch_factor(groups)
     if _is_sgd(optimizer):
         rated = _relative(groups, largest) if scale else []
         plain = all(r == 1.0 for r in rated)
-        return BaseUpdate(largest, None if plain else rated, lambda lam: min(_sgd(g, lam) for g in groups), noisy)
+        return BaseUpdate(largest, None if plain else rated, lambda lam: min(_sgd(g, lam) for g in groups), factor)
     inverse, critical = _ADAPTIVE[_adaptive_kind(optimizer)]
     tensors: Scale = None
     if scale:
@@ -56,7 +56,7 @@ def next_update(optimizer: Optimizer, *, scale: bool = True) -> BaseUpdate:
         members = ((g, p) for g in groups for p in g["params"] if p.requires_grad)
         scales = (r * inverse(g, p, optimizer.state.get(p, {})) for r, (g, p) in zip(rated, members, strict=True))
         tensors = [local(x) for x in scales]
-    return BaseUpdate(largest, tensors, lambda lam: min(critical(g, lam) for g in groups), noisy)
+    return BaseUpdate(largest, tensors, lambda lam: min(critical(g, lam) for g in groups), factor)
 
 
 def _relative(groups: Iterable[Group], largest: float) -> list[float]:
@@ -65,7 +65,7 @@ def _relative(groups: Iterable[Group], largest: float) -> list[float]:
     return [r / largest if largest else 1.0 for r in rates]
 
 
-def _noisy(groups: Iterable[Group]) -> float:
+def _minibatch_factor(groups: Iterable[Group]) -> float:
     """(1 - beta) / (1 + beta): from the heavy ball's 2 (1 + beta) / lambda to 2 (1 - beta) / lambda.
 
     With mini-batches, the curvature that SGD with momentum beta settles at is the one whose plain critical rate is the

@@ -1,0 +1,201 @@
+"""One controlled step, for both driving faces: observe, decide, remember, record; the face applies the decision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .memory import Memory, parse_buffers
+from .observer import ACTING, Observer
+from .options import MeasuringOptions
+from .policy import Catapulter, CatapultPolicy, Decision
+from .recorder import Recorder
+from .schedule import MeasurementSchedule
+from .state import VERSION, FieldsState
+from .updates import BaseUpdate
+
+
+@dataclass(frozen=True)
+class ControllerState:
+    """A state that was checked, part by part, and is ready to be taken over."""
+
+    observer: FieldsState
+    schedule: FieldsState
+    counter: FieldsState
+    policy: FieldsState
+    buffers: dict[str, Tensor]
+
+
+class Controller:
+    """Decides the rate of every step of an optimizer, and keeps what that takes.
+
+    Args:
+        face: name of the public class, for the log.
+        optimizer: whose rate it is.
+        model, criterion: see `CatapultSGD`.
+        policy: None for the default.
+        options: how to measure.
+        state: parameter -> dict, where warm start and average are kept.
+        settings: of the optimizer, for the header of the log.
+
+    Raises:
+        ValueError, TypeError: an argument is not usable; says which and why.
+    """
+
+    def __init__(
+        self,
+        face: str,
+        optimizer: Optimizer,
+        model: nn.Module,
+        criterion: Any,
+        *,
+        policy: CatapultPolicy | None,
+        options: MeasuringOptions,
+        state: MutableMapping[Tensor, dict[str, Any]],
+        settings: dict[str, Any],
+    ) -> None:
+        if policy is not None and not isinstance(policy, CatapultPolicy):
+            raise TypeError(f"policy must be a CatapultPolicy, got {policy!r}")
+        policy = policy or CatapultPolicy()
+        self.observer = observer = Observer(optimizer, model, criterion, options, ACTING)
+        self.recorder = Recorder(face, observer, options, {"policy": asdict(policy), **settings}, copies=2)
+        # The clock alone limits measuring where the user sets a share of the time.
+        share = policy.measure_share if options.overhead is None else float("inf")
+        self.schedule = MeasurementSchedule(
+            every=options.every, overhead=options.overhead, share=share, group=observer.group
+        )
+        self.memory = Memory(state)
+        self._machine = Catapulter(policy)
+
+    @property
+    def phase(self) -> str:
+        """What the policy does, see `policy`."""
+        return self._machine.phase
+
+    def step(self, update: BaseUpdate, unit: float = 1.0) -> Decision:
+        """Observe the step about to be made and decide on its rate; remember and record what follows from it.
+
+        Args:
+            update: what the base optimizer is about to do.
+            unit: the lr that the decision's rate is relative to.
+
+        Raises:
+            RuntimeError: nothing was captured, or the averaged weights are in place; nothing was changed.
+        """
+        if self.memory.in_place:
+            raise RuntimeError("step() inside averaged(): leave it first, the averaged weights are not to be trained")
+        observer, machine, memory = self.observer, self._machine, self.memory
+        start = memory.start(observer.params) if observer.measures_next else None
+        seen = observer.observe(start, update, read=self.recorder.read, begin=self.recorder.begin, need_loss=True)
+        self.schedule.clock.start()
+        assert seen.loss is not None
+        decision = machine.update(
+            step=seen.step,
+            loss=seen.loss,
+            eta_crit=seen.eta_crit,
+            smoothing=seen.window,
+            squared_error=seen.squared_error,
+        )
+        params = observer.params
+        memory.prepare(params)
+        if seen.vector is not None:
+            memory.remember(params, seen.vector)
+        if decision.take_snapshot:
+            memory.average(params, observer.buffers(), 1.0)
+        details = {"phase": decision.phase, **self.schedule.account(seen)}
+        if seen.window > 1:
+            details |= {"eta_crit_mean": machine.eta_crit, "log_lambda_sd": machine.spread}
+        self.recorder.record(seen, update.rate / unit * decision.rate, decision.events, details)
+        self.schedule.ask(seen, decision.measure_in, alarm=decision.alarm)
+        observer.measure_next(self.schedule.next_is_measured(seen.step, observer.repeated))
+        return decision
+
+    def restore(self) -> None:
+        """Put the averaged weights and buffers back into the model, for good."""
+        self.memory.put(self.observer.params, self.observer.model)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights and buffers in place of the model's own."""
+        with self.memory.averaged(self.observer.params, self.observer.model):
+            yield
+
+    def close(self) -> None:
+        """Remove the hooks and close the log."""
+        self.observer.detach()
+        self.recorder.close()
+
+    def state_dict(self, params: Sequence[Tensor]) -> dict[str, Any]:
+        """What a run goes on from beside the per-parameter tensors: plain values that JSON can hold.
+
+        Args:
+            params: those whose tensors are saved beside it, in that order: their names are in the state.
+        """
+        return {
+            "version": VERSION,
+            "parameters": self.observer.parameter_names(params),
+            "observer": self.observer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "counter": self.recorder.state_dict(),
+            "policy": self._machine.state_dict(),
+            "buffers": self.memory.encoded_buffers(),
+        }
+
+    def parse(self, state: dict[str, Any]) -> ControllerState:
+        """Check a state, of this version or of 0.1.0; nothing is taken over yet.
+
+        Raises:
+            ValueError: a field is not as it should be; names it.
+        """
+        state = _upgraded(state)
+        return ControllerState(
+            observer=self.observer.parse(state.get("observer", {})),
+            schedule=self.schedule.parse(state.get("schedule", {})),
+            counter=self.recorder.parse(state.get("counter", {})),
+            policy=self._machine.parse(state.get("policy", {})),
+            buffers=parse_buffers(state.get("buffers", {}), self.observer.model),
+        )
+
+    def take(self, state: ControllerState) -> None:
+        """Go on as the run would have gone where the state was taken."""
+        self.observer.take(state.observer)
+        self.schedule.take(state.schedule)
+        self.recorder.take(state.counter)
+        self._machine.take(state.policy)
+        self.memory.take_buffers(state.buffers)
+        self.observer.measure_next(self.schedule.next_is_measured(self.observer.step, self.observer.repeated))
+
+
+def _upgraded(state: dict[str, Any]) -> dict[str, Any]:
+    """A state in the present format.
+
+    Raises:
+        ValueError: not a state, or of a newer version.
+    """
+    version = state.get("version", 1 if "session" in state or "machine" in state else None)
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"state: version must be a whole number >= 1, got {version!r}: pass what state_dict() gave")
+    if version > VERSION:
+        raise ValueError(
+            f"state: is of version {version}, and this catapult_opt reads up to version {VERSION}: upgrade it with "
+            "`pip install --upgrade catapult_opt`"
+        )
+    if version > 1:
+        return state
+    session, machine = state.get("session"), state.get("machine")
+    if not isinstance(session, dict) or not isinstance(machine, dict):
+        raise ValueError("state: session and machine must be mappings: pass what state_dict() gave")
+    counter = session.get("counter", {})
+    measured = counter.get("measured", 0) if isinstance(counter, dict) else 0
+    return {
+        "observer": {**session, "measured": bool(measured)},
+        "schedule": session,
+        "counter": {**counter, "measured_at": session.get("measured_at", 0)} if isinstance(counter, dict) else counter,
+        "policy": machine,
+        "buffers": state.get("buffers", {}),
+    }
