@@ -12,7 +12,7 @@ import pytest
 
 from catapult_opt import read_log
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(*command: object) -> str:

@@ -8,7 +8,7 @@ from scripts import run_here
 
 from catapult_opt.analysis.dag import log_log_slope
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "dag_linearity.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "dag_linearity.py"
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def test_help_states_the_exit_status_and_has_examples_that_parse(command, capsys
 
 
 def test_commands_in_the_documentation_parse():
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     pages = [root / "README.md", *root.glob("docs/**/*.md")]
     blocks = [b for page in pages for b in re.findall(r"^```bash\n(.*?)^```$", page.read_text(), re.M | re.S)]
     examples = [example for block in blocks for example in EXAMPLE.findall(block)]

@@ -21,12 +21,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD
+from training import DRIVING, FACES, Training, net
 
 from catapult_opt import (
-    CatapultLR,
-    CatapultMonitor,
     CatapultPolicy,
-    CatapultSGD,
     MeasurementError,
     MeasurementWarning,
     critical_lr,
@@ -40,72 +39,36 @@ NAN, INF = float("nan"), float("inf")
 POLICY = CatapultPolicy(arm_steps=5, hot_steps=3, patience=12)
 
 
-class Training:
-    """A small net with BatchNorm and Dropout under one of the faces."""
-
-    def __init__(
-        self, face: str = "CatapultSGD", seed: int = 0, model: nn.Module | None = None, **settings: Any
-    ) -> None:
-        torch.manual_seed(seed)
-        norm = [nn.Linear(5, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 1)]
-        self.model = nn.Sequential(*norm) if model is None else model
-        self.criterion: Any = nn.MSELoss()
-        self.x, self.y = torch.randn(20, 5), torch.randn(20, 1)
-        settings = {"model": self.model, "criterion": self.criterion, **settings}
-        self.optimizer: torch.optim.Optimizer
-        self.controller: Any
-        if face == "CatapultSGD":
-            settings.setdefault("policy", POLICY)
-            self.optimizer = self.controller = CatapultSGD(self.model.parameters(), **settings)
-        elif face == "CatapultLR":
-            self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
-            settings.setdefault("policy", POLICY)
-            self.controller = CatapultLR(self.optimizer, **settings)
-        else:
-            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.5)
-            self.controller = CatapultMonitor(self.optimizer, **settings)
-
-    def backward(self, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        self.optimizer.zero_grad()
-        loss: Tensor = self.criterion(self.model(self.x if x is None else x), self.y if y is None else y)
-        loss.backward()
-        return loss.detach()
-
-    def step(self, x: Tensor | None = None, y: Tensor | None = None) -> float:
-        loss = self.backward(x, y)
-        self.optimizer.step()
-        return float(loss)
-
-    def steps(self, count: int) -> list[float]:
-        return [self.step() for _ in range(count)]
-
-    def weights(self) -> Tensor:
-        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
-
-    @property
-    def healthy(self) -> bool:
-        return all(bool(t.isfinite().all()) for t in self.model.state_dict().values())
+def make(face: str = "CatapultSGD", seed: int = 0, model: nn.Module | None = None, **settings: Any) -> Training:
+    """A small net with BatchNorm and Dropout."""
+    if model is None:
+        model = net(5, 16, 1, activation=nn.ReLU, norm=True, dropout=0.1, seed=seed)
+    return Training(face, model, **{**({"policy": POLICY} if face in DRIVING else {}), **settings})
 
 
-FACES = ("CatapultSGD", "CatapultLR", "CatapultMonitor")
+FILE_IO = io.FileIO
 every_face = pytest.mark.parametrize("face", FACES)
-driving_face = pytest.mark.parametrize("face", FACES[:2])
+driving_face = pytest.mark.parametrize("face", DRIVING)
 
 
 # ------------------------------------------------------------------------------------------------------------- the log
 
 
 class FullDisk:
-    """The log's file on a disk that fills up after so many bytes."""
+    """The log's file on a disk with room for so many bytes."""
 
-    def __init__(self, file: io.FileIO, room: int) -> None:
-        self._file, self._room = file, room
+    def __init__(self) -> None:
+        self.room = 10**6
+
+    def open(self, *args: Any, **kwargs: Any) -> FullDisk:
+        self._file = FILE_IO(*args, **kwargs)
+        return self
 
     def write(self, data: bytes) -> int:
-        if self._room <= 0:
+        if self.room <= 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        taken = self._file.write(data[: self._room])
-        self._room -= taken
+        taken = self._file.write(data[: self.room])
+        self.room -= taken
         return taken
 
     def __getattr__(self, name: str) -> Any:
@@ -113,20 +76,20 @@ class FullDisk:
 
 
 @every_face
-def test_disk_full_in_mid_training_is_one_warning_and_the_same_training(face: str, tmp_path: Path) -> None:
-    log = tmp_path / "run.jsonl"
-    plain, full = Training(face), Training(face, log=log)
+def test_disk_full_in_mid_training_is_one_warning_and_the_same_training(
+    face: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, disk = tmp_path / "run.jsonl", FullDisk()
+    monkeypatch.setattr("catapult_opt.runlog.io.FileIO", disk.open)
+    plain, full = make(face), make(face, log=log)
     torch.manual_seed(1)
-    for _ in range(12):
-        plain.step()
+    plain.steps(12)
     torch.manual_seed(1)
-    for _ in range(4):
-        full.step()
-    writer = full.controller._session._writer
-    writer._file = FullDisk(writer._file, 30)
+    full.steps(4)
+    disk.room = 30
     with pytest.warns(RunLogWarning, match="No space left on device") as caught:
         full.steps(8)
-    full.controller.log_metrics(val_loss=1.0)
+    full.watch.log_metrics(val_loss=1.0)
     assert len([w for w in caught if issubclass(w.category, RunLogWarning)]) == 1
     assert torch.equal(plain.weights(), full.weights())
     read = read_log(log)
@@ -140,7 +103,7 @@ def test_log_in_a_folder_that_cannot_be_written(face: str, tmp_path: Path, monke
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr("catapult_opt.runlog.io.FileIO", refuse)
-    plain, other = Training(face), Training(face, log=tmp_path / "run.jsonl")
+    plain, other = make(face), make(face, log=tmp_path / "run.jsonl")
     torch.manual_seed(1)
     plain.step(), plain.step()
     torch.manual_seed(1)
@@ -153,7 +116,7 @@ def test_log_in_a_folder_that_cannot_be_written(face: str, tmp_path: Path, monke
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_log_in_a_read_only_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    training = Training(log=tmp_path / "run.jsonl")
+    training = make(log=tmp_path / "run.jsonl")
     with pytest.warns(RunLogWarning, match="Permission denied"):
         training.step()
     training.step()
@@ -161,7 +124,7 @@ def test_log_in_a_read_only_folder(tmp_path: Path) -> None:
 
 @every_face
 def test_two_runs_do_not_write_one_log(face: str, tmp_path: Path) -> None:
-    first, second = (Training(face, log=tmp_path / "run.jsonl") for _ in range(2))
+    first, second = (make(face, log=tmp_path / "run.jsonl") for _ in range(2))
     first.step()
     before = second.weights()
     for _ in range(2):  # the second try is refused like the first
@@ -177,24 +140,23 @@ def test_two_runs_do_not_write_one_log(face: str, tmp_path: Path) -> None:
 @every_face
 def test_metrics_of_before_the_first_step_are_in_the_log(face: str, tmp_path: Path) -> None:
     log = tmp_path / "run.jsonl"
-    training = Training(face, log=log)
-    training.controller.log_metrics(val_loss=4.0)
+    training = make(face, log=log)
+    training.watch.log_metrics(val_loss=4.0)
     assert not log.exists()
     training.step()
-    training.controller.log_metrics(val_loss=3.0)
+    training.watch.log_metrics(val_loss=3.0)
     assert read_log(log).metric("val_loss") == {0: 4.0, 1: 3.0}
 
 
 def test_metrics_right_after_a_resume_are_in_the_log(tmp_path: Path) -> None:
     log = tmp_path / "run.jsonl"
-    old = Training(log=log)
+    old = make(log=log)
     old.step(), old.step()
-    saved = copy.deepcopy((old.model.state_dict(), old.optimizer.state_dict()))
-    old.controller.detach()
-    new = Training(log=log, seed=1)
-    new.model.load_state_dict(saved[0])
-    new.optimizer.load_state_dict(saved[1])
-    new.controller.log_metrics(val_loss=4.0)
+    saved = copy.deepcopy(old.checkpoint())
+    old.watch.detach()
+    new = make(log=log, seed=1)
+    new.load(saved)
+    new.watch.log_metrics(val_loss=4.0)
     new.step()
     assert read_log(log).metric("val_loss") == {2: 4.0}
     assert read_log(log).column("step") == [1, 2, 3]
@@ -213,13 +175,12 @@ def spoiled(training: Training, where: str, value: float) -> dict[str, Tensor]:
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("where", ["inputs", "targets"])
 def test_a_spoiled_batch_leaves_no_trace_in_weights_and_statistics(face: str, value: float, where: str) -> None:
-    training = Training(face)
-    for _ in range(7):
-        training.step()
+    training = make(face)
+    training.steps(7)
     training.step(**spoiled(training, where, value))
-    assert training.healthy, "weights, and the running statistics of BatchNorm"
-    losses = [training.step() for _ in range(60)]
-    assert training.healthy
+    assert training.finite(), "weights, and the running statistics of BatchNorm"
+    losses = training.steps(60)
+    assert training.finite()
     training.model.eval()
     assert training.criterion(training.model(training.x), training.y).isfinite()
     assert min(losses) < losses[0]
@@ -228,20 +189,13 @@ def test_a_spoiled_batch_leaves_no_trace_in_weights_and_statistics(face: str, va
 @driving_face
 def test_statistics_of_batchnorm_come_back_with_the_snapshot_also_after_a_resume(face: str) -> None:
     """Oracle: the run not interrupted. The snapshot was taken before the checkpoint, the NaN comes after it."""
-    whole, first = Training(face), Training(face)
+    whole, first = make(face), make(face)
     torch.manual_seed(1)
-    for _ in range(4):
-        whole.step()
+    whole.steps(4)
     torch.manual_seed(1)
-    for _ in range(4):
-        first.step()
-    saved = copy.deepcopy((first.model.state_dict(), first.optimizer.state_dict()))
-    resumed = Training(face, seed=2)
-    resumed.x, resumed.y = first.x, first.y
-    resumed.model.load_state_dict(saved[0])
-    resumed.optimizer.load_state_dict(saved[1])
-    if face == "CatapultLR":
-        resumed.controller.load_state_dict(copy.deepcopy(first.controller.state_dict()))
+    first.steps(4)
+    resumed = make(face, seed=2)
+    resumed.load(copy.deepcopy(first.checkpoint()))
     for training in (whole, resumed):
         torch.manual_seed(3)
         training.step(**spoiled(training, "inputs", NAN))
@@ -252,7 +206,7 @@ def test_statistics_of_batchnorm_come_back_with_the_snapshot_also_after_a_resume
 
 @every_face
 def test_a_spoiled_first_batch_is_refused(face: str) -> None:
-    training = Training(face)
+    training = make(face)
     before = training.weights()
     training.backward(**spoiled(training, "targets", NAN))
     with pytest.raises(MeasurementError, match="first loss is nan: is there a NaN or inf in the batch"):
@@ -262,8 +216,8 @@ def test_a_spoiled_first_batch_is_refused(face: str) -> None:
 
 def test_the_monitor_lets_a_spoiled_batch_through_as_it_is() -> None:
     """It changes nothing: a NaN goes into the weights as it does without it."""
-    plain, watched = (Training("CatapultMonitor") for _ in range(2))
-    plain.controller.detach()
+    plain, watched = (make("CatapultMonitor") for _ in range(2))
+    plain.watch.detach()
     for training in (plain, watched):
         torch.manual_seed(0)
         training.step()
@@ -287,8 +241,7 @@ def test_the_monitor_lets_a_spoiled_batch_through_as_it_is() -> None:
     ids=["L1Loss", "l1_loss", "linear", "Huber far out"],
 )
 def test_a_criterion_without_curvature_is_named(face: str, criterion: Any, name: str, advice: str) -> None:
-    training = Training(face, criterion=criterion)
-    training.criterion = training.controller.criterion
+    training = make(face, criterion=criterion)
     before = training.weights()
     training.backward()
     with pytest.raises(MeasurementError, match=f"criterion {name} has no second derivative") as caught:
@@ -312,7 +265,7 @@ def test_log_probabilities_hide_the_curvature_of_the_softmax() -> None:
 def test_a_dead_network_is_refused_at_the_first_step(face: str) -> None:
     dead = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 1, bias=False))
     nn.init.constant_(dead[0].bias, -100.0)
-    training = Training(face, model=dead)
+    training = make(face, model=dead)
     training.backward()
     with pytest.raises(MeasurementError, match=r"no curvature.*dead"):
         training.optimizer.step()
@@ -341,11 +294,10 @@ class Fuse(nn.Module):
 def test_a_measurement_that_fails_costs_nothing_but_itself(face: str, error: Exception, tmp_path: Path) -> None:
     log, fuse = tmp_path / "run.jsonl", Fuse(error)
     model = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Tanh(), fuse, nn.Linear(16, 1))
-    training = Training(face, model=model, log=log, every=1)
-    for _ in range(3):
-        training.step()
+    training = make(face, model=model, log=log, every=1)
+    training.steps(3)
     fuse.lit = True
-    known, before = training.controller.last, training.weights()
+    known, before = training.watch.last, training.weights()
     buffers = copy.deepcopy(list(model.buffers()))
     training.backward()
     gradients = [p.grad.clone() for p in model.parameters()]
@@ -353,14 +305,14 @@ def test_a_measurement_that_fails_costs_nothing_but_itself(face: str, error: Exc
         model(training.x)  # a measurement must leave the statistics as this pass does
     with pytest.warns(MeasurementWarning, match="step 4 could not be measured, the last critical rate is kept"):
         training.optimizer.step()
-    assert training.controller.last is known
+    assert training.watch.last is known
     assert not torch.equal(training.weights(), before), "the step was made"
     assert all(map(torch.equal, gradients, [p.grad for p in model.parameters()]))
     assert not all(map(torch.equal, buffers, model.buffers()))
     assert not is_measuring()
     fuse.lit = False
     training.step()
-    training.controller.detach()
+    training.watch.detach()
     read = read_log(log)
     assert [s["step"] for s in read.measured] == [1, 2, 3, 5]
     assert [(e["step"], e["event"]) for e in read.events if e["event"] == "measurement_failed"] == [
@@ -382,13 +334,13 @@ def _console() -> Any:
 def test_a_training_whose_measurements_all_fail_but_the_first_goes_on(face: str) -> None:
     fuse = Fuse(RuntimeError("never again"))
     model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), fuse, nn.Linear(16, 1))
-    training = Training(face, model=model)
+    training = make(face, model=model)
     first = training.step()
     fuse.lit = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        losses = [training.step() for _ in range(150)]
-    assert training.healthy
+        losses = training.steps(150)
+    assert training.finite()
     assert min(losses) < first
 
 
@@ -397,7 +349,7 @@ def test_a_training_whose_measurements_all_fail_but_the_first_goes_on(face: str)
 
 @every_face
 def test_a_parameter_that_was_replaced_is_named_instead_of_training_the_old_one(face: str) -> None:
-    training = Training(face, every=1)
+    training = make(face, every=1)
     training.step()
     training.model[4] = nn.Linear(16, 1)
     before = training.weights()
@@ -410,7 +362,7 @@ def test_a_parameter_that_was_replaced_is_named_instead_of_training_the_old_one(
 @every_face
 def test_values_put_into_the_parameters_are_trained_from_there(face: str) -> None:
     """An average of weights swapped in for validation and out again; weights loaded from elsewhere."""
-    plain, swapping = Training(face, every=1), Training(face, every=1)
+    plain, swapping = make(face, every=1), make(face, every=1)
     for training in (plain, swapping):
         torch.manual_seed(0)
         for _ in range(6):
@@ -424,16 +376,15 @@ def test_values_put_into_the_parameters_are_trained_from_there(face: str) -> Non
                 for p, data in zip(training.model.train().parameters(), mine, strict=True):
                     p.data = data
     assert torch.equal(plain.weights(), swapping.weights())
-    swapping.model.load_state_dict(Training(seed=5).model.state_dict())
-    for _ in range(10):
-        swapping.step()
-    assert swapping.healthy
+    swapping.model.load_state_dict(make(seed=5).model.state_dict())
+    swapping.steps(10)
+    assert swapping.finite()
 
 
 @every_face
 def test_eval_between_forward_and_step_does_not_change_what_is_measured(face: str) -> None:
     """The batch is measured in the mode of its forward pass; the mode of the model afterwards is the user's."""
-    straight, between = Training(face, every=1), Training(face, every=1)
+    straight, between = make(face, every=1), make(face, every=1)
     for training in (straight, between):
         torch.manual_seed(0)
         for _ in range(5):
@@ -444,7 +395,7 @@ def test_eval_between_forward_and_step_does_not_change_what_is_measured(face: st
             training.optimizer.step()
             assert training.model.training == (training is straight)
     assert torch.equal(straight.weights(), between.weights())
-    assert straight.controller.last == between.controller.last
+    assert straight.watch.last == between.watch.last
 
 
 @every_face
@@ -460,7 +411,7 @@ def test_a_model_inside_another_one(face: str) -> None:
             out: Tensor = self.inner(x)
             return out
 
-    straight, nested = Training(face, every=1), Training(face, every=1)
+    straight, nested = make(face, every=1), make(face, every=1)
     inner, outer = nested.model, Outer(nested.model)
     for training in (straight, nested):
         torch.manual_seed(0)
@@ -469,23 +420,22 @@ def test_a_model_inside_another_one(face: str) -> None:
             training.step()
     nested.model = inner
     assert torch.equal(straight.weights(), nested.weights())
-    assert straight.controller.last == nested.controller.last
+    assert straight.watch.last == nested.watch.last
 
 
 @pytest.mark.parametrize("face", FACES[1:])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_copies_of_a_controlled_optimizer_are_the_optimizer_alone(face: str, way: str) -> None:
     """Model and optimizer copied together train on at the optimizer's own lr, and leave the original alone."""
-    training = Training(face)
-    for _ in range(3):
-        training.step()
+    training = make(face)
+    training.steps(3)
     pair = (training.model, training.optimizer)
     model, optimizer = copy.deepcopy(pair) if way == "deepcopy" else pickle.loads(pickle.dumps(pair))
-    before, counts = training.weights(), training.controller.measured_steps
+    before, counts = training.weights(), training.watch.measured_steps
     nn.MSELoss()(model(training.x), training.y).backward()
     optimizer.step()
     assert torch.equal(training.weights(), before)
-    assert training.controller.measured_steps == counts
+    assert training.watch.measured_steps == counts
     assert optimizer.param_groups[0]["lr"] == 0.01
     training.step()
 
@@ -494,29 +444,27 @@ def test_copies_of_a_controlled_optimizer_are_the_optimizer_alone(face: str, way
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps], ids=lambda f: f.__name__)
 def test_copies_of_a_controller_are_refused(face: str, way: Callable[[Any], Any]) -> None:
     """Its hooks are on one optimizer and one model: a copy would watch nothing."""
-    training = Training(face)
+    training = make(face)
     training.step()
     with pytest.raises(TypeError, match=f"{face} cannot be copied or pickled.*make another {face}"):
-        way(training.controller)
+        way(training.watch)
     training.step()
 
 
 @every_face
 def test_another_dtype_after_construction_and_in_mid_training(face: str) -> None:
-    training = Training(face, every=1)
+    training = make(face, every=1)
     training.model.double()
-    training.x, training.y = training.x.double(), training.y.double()
-    for _ in range(5):
-        training.step()
-    truth = training.controller.last.lambda_max
+    training.batches = [(training.x.double(), training.y.double())]
+    training.steps(5)
+    truth = training.watch.last.lambda_max
     assert truth > 0
     if face != "CatapultLR":  # torch's own Adam mixes dtypes no better: its averages stay in the old one
         training.model.float()
         training.optimizer.load_state_dict(training.optimizer.state_dict())  # as torch asks: casts its state
-        training.x, training.y = training.x.float(), training.y.float()
-        for _ in range(30):
-            training.step()
-    assert training.healthy
+        training.batches = [(training.x.float(), training.y.float())]
+        training.steps(30)
+    assert training.finite()
 
 
 # ------------------------------------------------------------------------------------------------------------- threads
@@ -526,24 +474,19 @@ def test_another_dtype_after_construction_and_in_mid_training(face: str) -> None
 def test_trainings_in_threads_do_not_disturb_each_other(face: str) -> None:
     """Each with a model of its own (no dropout: torch's random state is the process' own)."""
 
-    def make(seed: int) -> Training:
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 1))
-        return Training(face, seed=seed, model=model, every=1)
-
-    alone, together = [make(s) for s in range(3)], [make(s) for s in range(3)]
+    alone, together = (
+        [make(face, model=net(5, 16, 1, norm=True, seed=seed), every=1) for seed in range(3)] for _ in range(2)
+    )
     for training in [*alone, *together]:
         torch.manual_seed(0)
         training.step()  # the random start of the first measurement
     for training in alone:
-        for _ in range(25):
-            training.step()
+        training.steps(25)
     errors: list[BaseException] = []
 
     def work(training: Training) -> None:
         try:
-            for _ in range(25):
-                training.step()
+            training.steps(25)
         except BaseException as error:
             errors.append(error)
 
@@ -555,31 +498,25 @@ def test_trainings_in_threads_do_not_disturb_each_other(face: str) -> None:
     assert errors == []
     for one, other in zip(alone, together, strict=True):
         assert torch.equal(one.weights(), other.weights())
-        assert one.controller.super_critical_steps == other.controller.super_critical_steps
+        assert one.watch.super_critical_steps == other.watch.super_critical_steps
 
 
 # ---------------------------------------------------------------------------------------------------- hooks and memory
 
 
-def hooks(training: Training) -> int:
-    modules = [*training.model.modules(), training.criterion]
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules)
-
-
 @every_face
 @pytest.mark.parametrize("how", ["detach", "dies"])
 def test_hooks_go_with_the_optimizer(face: str, how: str) -> None:
-    training = Training(face)
-    for _ in range(2):
-        training.step()
-    assert hooks(training) > 0
+    training = make(face)
+    training.steps(2)
+    assert training.hooks() > 0
     if how == "detach":
-        training.controller.detach()
+        training.watch.detach()
     else:
-        del training.controller, training.optimizer
+        training.watch = training.optimizer = None
         gc.collect()
-    assert hooks(training) == 0
-    training.criterion(training.model(training.x), training.y).backward()
+    assert training.hooks() == 0
+    training.loss().backward()
 
 
 def live_tensors() -> int:
@@ -594,14 +531,13 @@ def resident_bytes() -> int:
 
 def leak(face: str, steps: int, tmp_path: Path, warm: int = 200) -> tuple[int, int]:
     """Live tensors and resident bytes gained over so many steps, measured on each one, with a log."""
-    training = Training(face, every=1, log=tmp_path / "run.jsonl")
-    for _ in range(warm):
-        training.step()
+    training = make(face, every=1, log=tmp_path / "run.jsonl")
+    training.steps(warm)
     tensors, memory = live_tensors(), resident_bytes()
     for i in range(steps):
         training.step()
         if i % 50 == 0:
-            training.controller.log_metrics(val_loss=1.0)
+            training.watch.log_metrics(val_loss=1.0)
             training.optimizer.state_dict()
     return live_tensors() - tensors, resident_bytes() - memory
 
@@ -624,7 +560,7 @@ def test_ten_thousand_steps_leak_no_memory(face: str, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_torch_sgd_is_refused_instead_of_scaling_the_rate() -> None:
-    training = Training()
+    training = make()
     training.step()
     other = torch.optim.SGD(training.model.parameters(), lr=0.1, momentum=0.9)
     before = pickle.dumps(training.optimizer.state_dict())
@@ -635,21 +571,22 @@ def test_a_checkpoint_of_torch_sgd_is_refused_instead_of_scaling_the_rate() -> N
 
 
 def test_a_checkpoint_of_the_optimizer_alone_under_catapult_lr() -> None:
-    """Its lr sets no scale there: it may be loaded, and the controller goes on."""
-    training = Training("CatapultLR")
-    training.step()
-    training.optimizer.load_state_dict(torch.optim.Adam(training.model.parameters(), lr=0.5).state_dict())
-    training.step()
-    rate = training.controller._machine.rate
-    assert training.optimizer.param_groups[0]["effective_lr"] == pytest.approx(rate)
+    """Its lr sets no scale there: it may be loaded, and the controller goes on with its own rate."""
+    rates = []
+    for lr in (0.01, 0.5):
+        training = make("CatapultLR", model=net(5, 16, 1))
+        training.step()
+        training.optimizer.load_state_dict(torch.optim.Adam(training.model.parameters(), lr=lr).state_dict())
+        training.step()
+        rates += training.rates()
+    assert rates[0] == rates[1] > 0
 
 
 def test_a_group_added_under_catapult_lr() -> None:
-    training = Training("CatapultLR")
-    training.optimizer = torch.optim.SGD(training.model[0].parameters(), lr=0.1)
-    training.controller = CatapultLR(training.optimizer, model=training.model, criterion=training.criterion)
+    model = net(5, 16, 1)
+    training = Training("CatapultLR", model, params=model[0].parameters(), base=lambda params: SGD(params, lr=0.1))
     training.step()
-    training.optimizer.add_param_group({"params": list(training.model[4].parameters()), "lr": 0.05})
+    training.optimizer.add_param_group({"params": list(model[2].parameters()), "lr": 0.05})
     training.step()
-    first, second = (group["effective_lr"] for group in training.optimizer.param_groups)
+    first, second = training.rates()
     assert second == pytest.approx(first / 2)

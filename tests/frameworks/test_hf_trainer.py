@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from frameworks import FEATURES, Feature, Seen, assert_same, schedule_for
+from framework_loop import FEATURES, Feature, Seen, assert_same, schedule_for
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel

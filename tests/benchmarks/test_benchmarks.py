@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from scripts import run_here
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def test_curvature_quick(tmp_path: Path) -> None:

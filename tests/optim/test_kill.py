@@ -21,8 +21,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim import SGD, Adam
+from training import Base, Training, net, product
 
-from catapult_opt import CatapultLR, CatapultPolicy, CatapultSGD, read_log
+from catapult_opt import CatapultPolicy, read_log
 from catapult_opt.runlog import RunLogError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
@@ -32,80 +34,57 @@ POLICY = CatapultPolicy(total_steps=STEPS, arm_steps=5, hot_steps=3, patience=12
 COLUMNS = ("step", "loss", "effective_lr", "eta_crit", "lambda_max", "super_critical", "phase")
 
 
-class Training:
-    """Model, data and optimizer of one kind, and its checkpoints."""
+BASES: dict[str, Base] = {
+    "Adam under CatapultLR": lambda params: Adam(params, lr=0.01),
+    "SGD under CatapultLR": lambda params: SGD(params, lr=0.1, momentum=0.3),
+}
+
+
+class Killed(Training):
+    """A training of one kind that saves and finds its checkpoints in a folder."""
 
     def __init__(self, kind: str, folder: Path) -> None:
-        generator = torch.Generator().manual_seed(7)
-        x = torch.randn(40, 6, generator=generator)
-        y = x[:, :1] * x[:, 1:2]
-        batches = 4 if kind == "sgd in mini-batches" else 1
-        self.batches = list(zip(x.chunk(batches), y.chunk(batches), strict=True))
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(6, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.1), nn.Linear(24, 1))
-        if kind == "sgd":
-            self.model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 1))
-        self.criterion, self.path, log = nn.MSELoss(), folder / "checkpoint.pt", folder / "run.jsonl"
-        settings: dict[str, Any] = {"model": self.model, "criterion": self.criterion, "log": log, "policy": POLICY}
-        self.optimizer: torch.optim.Optimizer
-        self.controller: Any
-        if kind.startswith("sgd"):
-            self.optimizer = self.controller = CatapultSGD(self.model.parameters(), momentum=0.3, **settings)
-        else:
-            bases: dict[str, Callable[[], torch.optim.Optimizer]] = {
-                "Adam under CatapultLR": lambda: torch.optim.Adam(self.model.parameters(), lr=0.01),
-                "SGD under CatapultLR": lambda: torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.3),
-            }
-            self.optimizer = bases[kind]()
-            self.controller = CatapultLR(self.optimizer, **settings)
-        self.done = 0
+        x, y = product()
+        count = 4 if kind == "sgd in mini-batches" else 1
+        model = net(6, 24, 1, activation=nn.ReLU)
+        if kind != "sgd":
+            model = net(6, 24, 1, activation=nn.ReLU, norm=True, dropout=0.1)
+        torch.manual_seed(0)  # of the dropout
+        face, more = ("CatapultLR", {"base": BASES[kind]}) if kind in BASES else ("CatapultSGD", {"momentum": 0.3})
+        self.path, log = folder / "checkpoint.pt", folder / "run.jsonl"
+        batches = list(zip(x.chunk(count), y.chunk(count), strict=True))
+        super().__init__(face, model, batches, log=log, policy=POLICY, **more)  # type: ignore[arg-type]
         if self.path.exists():
-            self.load()
+            saved = torch.load(self.path, weights_only=True)
+            self.load(saved)
+            self.done = saved["done"]
+            torch.set_rng_state(saved["rng"])
         else:
             log.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
 
-    def parts(self) -> dict[str, Any]:
-        parts = {"model": self.model, "optimizer": self.optimizer}
-        return parts if self.controller is self.optimizer else {**parts, "controller": self.controller}
-
     def save(self) -> None:
-        state = {name: part.state_dict() for name, part in self.parts().items()}
         new = self.path.with_suffix(".new")
-        torch.save({**state, "done": self.done, "rng": torch.get_rng_state()}, new)
+        torch.save({**self.checkpoint(), "done": self.done, "rng": torch.get_rng_state()}, new)
         os.replace(new, self.path)
-
-    def load(self) -> None:
-        saved = torch.load(self.path, weights_only=True)
-        for name, part in self.parts().items():
-            part.load_state_dict(saved[name])
-        self.done = saved["done"]
-        torch.set_rng_state(saved["rng"])
-
-    def step(self) -> None:
-        x, y = self.batches[self.done % len(self.batches)]
-        self.optimizer.zero_grad()
-        self.criterion(self.model(x), y).backward()
-        self.optimizer.step()
-        self.done += 1
 
     def live(self, say: Callable[[str], Any]) -> None:
         while self.done < STEPS:
             say("train")
             self.step()
-            say(f"returned {self.done} {self.controller.phase}")
+            say(f"returned {self.done} {self.watch.phase}")
             self.save()
 
     def outcome(self) -> Any:
         log = read_log(self.path.with_name("run.jsonl"))
         weights = [v.numpy().tobytes() for v in self.model.state_dict().values()]
-        counts = (self.controller.catapults, self.controller.super_critical_steps)
-        rates = [group["effective_lr"] for group in self.optimizer.param_groups]
+        counts = (self.watch.catapults, self.watch.super_critical_steps)
+        rates = self.rates()
         return weights, rates, {name: log.column(name) for name in COLUMNS}, [e["event"] for e in log.events], counts
 
 
 def whole(kind: str, folder: Path) -> Any:
     folder.mkdir()
-    training = Training(kind, folder)
+    training = Killed(kind, folder)
     training.live(lambda what: None)
     return training.outcome()
 
@@ -117,7 +96,7 @@ def life(kind: str, folder: Path, seconds: float) -> tuple[bool, list[str]]:
     if child == 0:
         try:
             os.close(read)
-            Training(kind, folder).live(lambda what: os.write(write, f"{what}\n".encode()))
+            Killed(kind, folder).live(lambda what: os.write(write, f"{what}\n".encode()))
             os._exit(0)
         except BaseException:
             sys.excepthook(*sys.exc_info())
@@ -171,7 +150,7 @@ def kill(kinds: list[str], kills: int, seed: int, tmp_path: Path) -> collections
             if not ended:
                 fell[(said or ["before the first step"])[-1].replace("returned", "after").translate(NO_DIGITS)] += 1
                 short *= 1.1  # so that it ends some day
-        finished = Training(kind, folder)
+        finished = Killed(kind, folder)
         assert finished.done == STEPS
         assert finished.outcome() == expected[kind], f"training {number - 1}, {kind}"
     return fell
@@ -199,7 +178,7 @@ def test_a_killed_run_goes_on_at_once_though_a_process_it_forked_still_lives(tmp
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        training = Training("sgd", tmp_path)
+        training = Killed("sgd", tmp_path)
         training.step()
         training.save()
         worker = os.fork()
@@ -211,7 +190,7 @@ def test_a_killed_run_goes_on_at_once_though_a_process_it_forked_still_lives(tmp
     try:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        training = Training("sgd", tmp_path)
+        training = Killed("sgd", tmp_path)
         training.step()
         assert read_log(tmp_path / "run.jsonl").column("step") == [1, 2]
     finally:

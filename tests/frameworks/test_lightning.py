@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from frameworks import (
+from framework_loop import (
     FEATURES,
     Feature,
     Seen,

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim import lr_scheduler as schedulers
+from training import Training, net, noise
 
-from catapult_opt import CatapultPolicy, CatapultSGD
+from catapult_opt import CatapultPolicy
 
 STEPS = 24
 Make = Callable[[Optimizer], Any]
@@ -38,46 +39,28 @@ SCHEDULERS: dict[str, Make] = {
 every_scheduler = pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
 
 
-class Run:
-    """A small net in float64; its loss and rates, step by step."""
+def train(lr: Any = 1.0, groups: bool = False, face: str = "CatapultSGD", **settings: Any) -> Training:
+    """A small net in float64; without a face the optimizer is torch's."""
+    model = net(4, 8, 1).double()
+    params: Any = list(model.parameters())
+    if groups:
+        params = [{"params": params[:2], "lr": lr / 4}, {"params": params[2:]}]
+    data = noise(16, 4, dtype=torch.float64)
+    if face == "":
+        return Training("", model, data, params=params, base=lambda params: SGD(params, lr=lr, **settings))
+    return Training(face, model, data, params=params, lr=lr, every=1, **settings)
 
-    def __init__(self, lr: Any = 1.0, groups: bool = False, optimizer: Any = CatapultSGD, **settings: Any) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
-        with torch.no_grad():
-            for p in self.model.parameters():
-                p.copy_(torch.randn(p.shape, generator=generator) / 2)
-        self.x = torch.randn(16, 4, generator=generator).double()
-        self.y = torch.randn(16, 1, generator=generator).double()
-        self.criterion = nn.MSELoss()
-        params: Any = list(self.model.parameters())
-        if groups:
-            params = [{"params": params[:2], "lr": lr / 4}, {"params": params[2:]}]
-        extra = {} if optimizer is SGD else {"model": self.model, "criterion": self.criterion, "every": 1}
-        self.optimizer = optimizer(params, lr=lr, **extra, **settings)
 
-    def step(self) -> float:
-        self.optimizer.zero_grad()
-        loss = self.criterion(self.model(self.x), self.y)
-        loss.backward()
-        self.optimizer.step()
-        return float(loss.detach())
+def lrs(run: Training) -> list[float]:
+    return [float(g["lr"]) for g in run.optimizer.param_groups]
 
-    def lrs(self) -> list[float]:
-        return [float(g["lr"]) for g in self.optimizer.param_groups]
 
-    def effective(self) -> list[float]:
-        return [float(g["effective_lr"]) for g in self.optimizer.param_groups]
-
-    def weights(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.model.parameters()]
+def parts(run: Training) -> list[Tensor]:
+    return [p.detach().clone() for p in run.model.parameters()]
 
 
 def advance(scheduler: Any, loss: float) -> None:
-    if isinstance(scheduler, schedulers.ReduceLROnPlateau):
-        scheduler.step(loss)
-    else:
-        scheduler.step()
+    scheduler.step(loss) if isinstance(scheduler, schedulers.ReduceLROnPlateau) else scheduler.step()
 
 
 @every_scheduler
@@ -85,8 +68,8 @@ def advance(scheduler: Any, loss: float) -> None:
 @pytest.mark.parametrize("groups", [False, True])
 def test_the_controller_never_writes_lr(make: Make, tensor: bool, groups: bool) -> None:
     """After every step lr is what the scheduler alone would have made of it, and stays the same tensor if it is one."""
-    run = Run(torch.tensor(0.8) if tensor else 0.8, groups, momentum=0.5)
-    idle = Run(torch.tensor(0.8) if tensor else 0.8, groups, optimizer=SGD, momentum=0.5)
+    run = train(torch.tensor(0.8) if tensor else 0.8, groups, momentum=0.5)
+    idle = train(torch.tensor(0.8) if tensor else 0.8, groups, face="", momentum=0.5)
     scheduler, expected = make(run.optimizer), make(idle.optimizer)
     for _ in range(STEPS):
         before = [g["lr"] for g in run.optimizer.param_groups]
@@ -95,18 +78,18 @@ def test_the_controller_never_writes_lr(make: Make, tensor: bool, groups: bool) 
         idle.optimizer.step()
         advance(scheduler, loss)
         advance(expected, loss)
-        assert run.lrs() == idle.lrs()
+        assert lrs(run) == lrs(idle)
 
 
 @every_scheduler
 def test_effective_lr_is_what_is_applied(make: Make) -> None:
     """Weights move by -effective_lr times the gradient (or its running sum), that is all."""
-    run = Run(0.8, groups=True)
+    run = train(0.8, groups=True)
     scheduler = make(run.optimizer)
     for _ in range(STEPS):
-        before = run.weights()
+        before = parts(run)
         loss = run.step()
-        rates = run.effective()
+        rates = run.rates()
         for i, (p, w) in enumerate(zip(run.model.parameters(), before, strict=True)):
             direction = run.optimizer.state[p].get("momentum_buffer", p.grad)
             rate = rates[0 if i < 2 else 1]
@@ -116,34 +99,34 @@ def test_effective_lr_is_what_is_applied(make: Make) -> None:
 
 @every_scheduler
 def test_effective_lr_is_lr_times_one_rate_for_all_groups(make: Make) -> None:
-    run = Run(0.8, groups=True)
+    run = train(0.8, groups=True)
     scheduler = make(run.optimizer)
     for _ in range(STEPS):
-        lrs = run.lrs()
+        before = lrs(run)
         loss = run.step()
-        assert run.effective()[0] * lrs[1] == pytest.approx(run.effective()[1] * lrs[0])
+        assert run.rates()[0] * before[1] == pytest.approx(run.rates()[1] * before[0])
         advance(scheduler, loss)
 
 
 def test_lr_multiplies_the_rate() -> None:
     """The first step's: 0.4 of the critical rate of the very update, times lr."""
-    whole = Run(1.0)
+    whole = train(1.0)
     whole.step()
-    assert whole.effective()[0] == pytest.approx(0.4 * whole.optimizer.last.eta_crit)
+    assert whole.rates()[0] == pytest.approx(0.4 * whole.optimizer.last.eta_crit)
     for lr in (0.1, 0.5, 3.0):
-        part = Run(lr)
+        part = train(lr)
         part.step()
         assert part.optimizer.last.eta_crit == pytest.approx(whole.optimizer.last.eta_crit)
-        assert part.effective()[0] == pytest.approx(lr * whole.effective()[0])
+        assert part.rates()[0] == pytest.approx(lr * whole.rates()[0])
 
 
 def test_a_schedule_of_ones_changes_nothing() -> None:
-    plain, scheduled = Run(), Run()
+    plain, scheduled = train(), train()
     scheduler = schedulers.LambdaLR(scheduled.optimizer, lambda i: 1.0)
     for _ in range(STEPS):
         assert plain.step() == scheduled.step()
         scheduler.step()
-    assert plain.effective() == scheduled.effective()
+    assert plain.rates() == scheduled.rates()
 
 
 def test_groups_are_the_same_as_rescaled_parameters() -> None:
@@ -164,12 +147,11 @@ def test_groups_are_the_same_as_rescaled_parameters() -> None:
             return nn.functional.linear(x, self.factor * self.weight, self.factor * self.bias)
 
     policy = CatapultPolicy(smoothing=1)
-    grouped = Run(1.0, groups=True, policy=policy)
-    other = Run()
-    model = nn.Sequential(Scaled(other.model[0], 0.5), *list(other.model)[1:])
-    other.optimizer.detach()
-    other.model = model
-    other.optimizer = CatapultSGD(model.parameters(), model=model, criterion=other.criterion, policy=policy, every=1)
+    grouped = train(1.0, groups=True, policy=policy)
+    plain = net(4, 8, 1).double()
+    other = Training(
+        "CatapultSGD", nn.Sequential(Scaled(plain[0], 0.5), *plain[1:]), grouped.batches, policy=policy, every=1
+    )
     for i in range(6):
         assert grouped.step() == pytest.approx(other.step(), rel=1e-5 if i < 2 else 1e-3)
         ratio = grouped.optimizer.last.eta_crit / other.optimizer.last.eta_crit
@@ -177,41 +159,40 @@ def test_groups_are_the_same_as_rescaled_parameters() -> None:
 
 
 def test_a_group_switched_off_by_its_scheduler_stays_where_it_is() -> None:
-    run = Run(1.0, groups=True)
+    run = train(1.0, groups=True)
     scheduler = schedulers.LambdaLR(run.optimizer, [lambda i: 0.0, lambda i: 1.0])
-    first = run.weights()[:2]
+    first = parts(run)[:2]
     for _ in range(10):
         run.step()
         scheduler.step()
-    assert all(map(torch.equal, run.weights()[:2], first))
-    assert run.effective()[0] == 0.0 < run.effective()[1]
+    assert all(map(torch.equal, parts(run)[:2], first))
+    assert run.rates()[0] == 0.0 < run.rates()[1]
 
 
 def test_a_warm_up_from_zero_does_not_move_but_measures() -> None:
     """lr = 0 with a batch is a step of the run; without one it is only an initialisation."""
-    run = Run(0.0)
-    before = run.weights()
+    run = train(0.0)
+    before = parts(run)
     run.step()
-    assert all(map(torch.equal, run.weights(), before))
+    assert all(map(torch.equal, parts(run), before))
     assert run.optimizer.last is not None
-    assert run.effective() == [0.0]
+    assert run.rates() == [0.0]
 
 
 def test_scheduler_state_and_optimizer_state_resume_together() -> None:
-    def build() -> tuple[Run, Any]:
-        run = Run(momentum=0.5)
+    def build() -> tuple[Training, Any]:
+        run = train(momentum=0.5)
         return run, schedulers.OneCycleLR(run.optimizer, max_lr=1.0, total_steps=STEPS + 1)
 
     run, scheduler = build()
     for _ in range(9):
         advance(scheduler, run.step())
     again, scheduler_again = build()
-    again.model.load_state_dict(run.model.state_dict())
-    again.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    again.load(copy.deepcopy(run.checkpoint()))
     scheduler_again.load_state_dict(scheduler.state_dict())
     for _ in range(9, STEPS):
         first, second = run.step(), again.step()
         assert first == second
-        assert (run.lrs(), run.effective()) == (again.lrs(), again.effective())
+        assert (lrs(run), run.rates()) == (lrs(again), again.rates())
         advance(scheduler, first)
         advance(scheduler_again, second)

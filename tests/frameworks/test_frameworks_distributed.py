@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from frameworks import BATCH, Feature, Seen, loader, plain
+from framework_loop import BATCH, Feature, Seen, loader, plain
 from ranks import run
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor

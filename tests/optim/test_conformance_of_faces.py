@@ -8,18 +8,16 @@ a meaning where the rate is the controller's. Left out: fused, capturable, diffe
 from __future__ import annotations
 
 import copy
-import functools
 import io
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from training import DRIVING, FACES, Training, net, noise
 
-from catapult_opt import CatapultLR, CatapultMonitor, CatapultPolicy, CatapultSGD
+from catapult_opt import CatapultPolicy
 
 pytest.importorskip("expecttest")
 database = pytest.importorskip("torch.testing._internal.common_optimizers")
@@ -53,69 +51,19 @@ every_case = pytest.mark.parametrize("case", CASES, ids=label)
 every_base = pytest.mark.parametrize("kind", BASES, ids=lambda kind: kind.__name__)
 
 
-class Problem:
-    """Least squares of a small net on four samples, an optimizer, and what stands beside it."""
-
-    def __init__(
-        self, kind: type[Optimizer] = SGD, face: str = "", groups: bool = False, policy: Any = POLICY, **kwargs: Any
-    ) -> None:
-        generator = torch.Generator().manual_seed(3)
-        self.model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2))
-        with torch.no_grad():
-            for p in self.model.parameters():
-                p.copy_(torch.randn(p.shape, generator=generator) / 3)
-        self.criterion = nn.MSELoss()
-        self.x, self.y = torch.randn(4, 5, generator=generator), torch.randn(4, 2, generator=generator)
-        params: Any = self.model.parameters()
-        if groups:
-            lr = kwargs.pop("lr", 0.1)
-            first, last = self.model[0].parameters(), self.model[2].parameters()
-            params = [{"params": first, "lr": lr}, {"params": last, "lr": lr / 2}]
-        whole = {"model": self.model, "criterion": self.criterion}
-        self.face: Any = None
-        if face == "CatapultSGD":
-            self.optimizer: Optimizer = CatapultSGD(params, policy=policy, **whole, **kwargs)
-        else:
-            self.optimizer = kind(params, **kwargs)
-        if face == "CatapultLR":
-            self.face = CatapultLR(self.optimizer, policy=policy, **whole)
-        elif face == "CatapultMonitor":
-            self.face = CatapultMonitor(self.optimizer, **whole)
-
-    def backward(self) -> Tensor:
-        self.optimizer.zero_grad()
-        loss: Tensor = self.criterion(self.model(self.x), self.y)
-        loss.backward()
-        return loss
-
-    def steps(self, count: int, closure: bool = False, schedulers: Any = ()) -> list[float]:
-        losses = []
-        for _ in range(count):
-            if closure:
-                loss: Any = self.optimizer.step(functools.partial(self.backward))  # type: ignore[arg-type]
-            else:
-                loss = self.backward()
-                self.optimizer.step()
-            losses.append(float(loss.detach()))
-            for scheduler in schedulers:
-                scheduler.step(losses[-1]) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
-        return losses
-
-    @property
-    def weights(self) -> Tensor:
-        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
-
-    def checkpoint(self) -> dict[str, Any]:
-        kept = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        if isinstance(self.face, CatapultLR):
-            kept["face"] = self.face.state_dict()
-        return kept
-
-    def load(self, kept: dict[str, Any]) -> None:
-        self.model.load_state_dict(kept["model"])
-        self.optimizer.load_state_dict(kept["optimizer"])
-        if isinstance(self.face, CatapultLR):
-            self.face.load_state_dict(kept["face"])
+def problem(
+    kind: type[Optimizer] = SGD, face: str = "", groups: bool = False, policy: Any = POLICY, **kwargs: Any
+) -> Training:
+    """Least squares of a small net on four samples. `kwargs` are the optimizer's."""
+    model = net(5, 8, 2)
+    params: Any = list(model.parameters())
+    if groups:
+        lr = kwargs.pop("lr", 0.1)
+        params = [{"params": params[:2], "lr": lr}, {"params": params[2:], "lr": lr / 2}]
+    more = {"policy": policy} if face in DRIVING else {}
+    if face == "CatapultSGD":
+        return Training(face, model, noise(4, 5, 2), params=params, **more, **kwargs)
+    return Training(face, model, noise(4, 5, 2), params=params, base=lambda params: kind(params, **kwargs), **more)
 
 
 def plain(value: Any) -> Any:
@@ -137,11 +85,11 @@ def same(a: Any, b: Any) -> bool:
 def test_an_optimizer_watched_is_the_optimizer(case: tuple[type[Optimizer], int]) -> None:
     """Oracle: the same optimizer alone, to the bit, state and all, in every setting of the database."""
     kind, i = case
-    alone, watched = Problem(kind, **settings(kind)[i]), Problem(kind, "CatapultMonitor", **settings(kind)[i])
+    alone, watched = problem(kind, **settings(kind)[i]), problem(kind, "CatapultMonitor", **settings(kind)[i])
     for closure in (False, True):
-        assert alone.steps(2, closure) == watched.steps(2, closure)
-    assert watched.face.measured_steps == 4
-    assert torch.equal(alone.weights, watched.weights)
+        assert alone.steps(2, closure=closure) == watched.steps(2, closure=closure)
+    assert watched.watch.measured_steps == 4
+    assert torch.equal(alone.weights(), watched.weights())
     assert same(alone.optimizer.state_dict(), watched.optimizer.state_dict())
 
 
@@ -162,30 +110,30 @@ every_controlled = pytest.mark.parametrize(
 )
 
 
-def controlled(face: str, case: tuple[type[Optimizer], int], **more: Any) -> Problem:
+def controlled(face: str, case: tuple[type[Optimizer], int], **more: Any) -> Training:
     """`lr` is 1 for CatapultSGD, a multiplier; where the database means it to be tiny or a tensor, so it stays."""
     kind, i = case
     kwargs = settings(kind)[i]
     if face == "CatapultSGD":
         kwargs["lr"] = torch.tensor(1.0) if isinstance(kwargs.get("lr"), Tensor) else 1.0
-    return Problem(kind, face, **{**kwargs, **more})
+    return problem(kind, face, **{**kwargs, **more})
 
 
 @every_controlled
 def test_goes_the_right_way_and_gives_lr_back(face: str, case: tuple[type[Optimizer], int]) -> None:
-    problem = controlled(face, case, policy=CatapultPolicy(total_steps=60))
-    lrs = [copy.deepcopy(group["lr"]) for group in problem.optimizer.param_groups]
-    losses = problem.steps(60)
+    training = controlled(face, case, policy=CatapultPolicy(total_steps=60))
+    lrs = [copy.deepcopy(group["lr"]) for group in training.optimizer.param_groups]
+    losses = training.steps(60)
     assert losses[-1] < losses[0]
-    assert [group["lr"] for group in problem.optimizer.param_groups] == lrs
-    assert type(problem.optimizer.param_groups[0]["lr"]) is type(lrs[0])
+    assert [group["lr"] for group in training.optimizer.param_groups] == lrs
+    assert type(training.optimizer.param_groups[0]["lr"]) is type(lrs[0])
 
 
 @every_controlled
 def test_closures_are_the_plain_loop(face: str, case: tuple[type[Optimizer], int]) -> None:
     loop, closures = controlled(face, case), controlled(face, case)
     assert loop.steps(8) == closures.steps(8, closure=True)
-    assert torch.equal(loop.weights, closures.weights)
+    assert torch.equal(loop.weights(), closures.weights())
 
 
 @every_controlled
@@ -204,7 +152,7 @@ def test_a_checkpoint_continues_to_the_bit(face: str, case: tuple[type[Optimizer
     other.load(kept)
     assert same(other.checkpoint(), whole.checkpoint())
     assert other.steps(8) == whole.steps(8)
-    assert torch.equal(other.weights, whole.weights)
+    assert torch.equal(other.weights(), whole.weights())
     assert same(other.checkpoint(), whole.checkpoint())
 
 
@@ -212,115 +160,105 @@ def test_a_checkpoint_continues_to_the_bit(face: str, case: tuple[type[Optimizer
 @pytest.mark.parametrize(("face", "groups"), [("CatapultSGD", True), ("CatapultLR", False)])
 def test_schedulers_of_the_database_on_top(schedule: Any, groups: bool, face: str) -> None:
     """They multiply what the controller finds; `effective_lr` says what came out; the loss goes down."""
-    problem = Problem(SGD, face, groups, lr=1.0, policy=CatapultPolicy(total_steps=40))
-    schedulers = [make(problem.optimizer) for make in schedule]
-    losses = problem.steps(40, schedulers=schedulers)
+    training = problem(SGD, face, groups, lr=1.0, policy=CatapultPolicy(total_steps=40))
+    schedulers = [make(training.optimizer) for make in schedule]
+    losses = training.steps(40, schedulers=schedulers)
     assert losses[-1] < losses[0]
-    first = problem.optimizer.param_groups[0]
+    first = training.optimizer.param_groups[0]
     assert first["effective_lr"] >= 0  # one of them ends at 0
     if groups:
-        second = problem.optimizer.param_groups[1]
+        second = training.optimizer.param_groups[1]
         assert second["effective_lr"] == pytest.approx(first["effective_lr"] / 2)
 
 
 @every_base
 def test_a_step_without_anything_done_is_refused_and_changes_nothing(kind: type[Optimizer]) -> None:
-    problem = Problem(kind, "CatapultLR", lr=0.1)
-    problem.steps(2)
-    before, state = problem.weights, copy.deepcopy(problem.checkpoint())
-    problem.optimizer.zero_grad()
+    training = problem(kind, "CatapultLR", lr=0.1)
+    training.steps(2)
+    before, state = training.weights(), copy.deepcopy(training.checkpoint())
+    training.optimizer.zero_grad()
     with pytest.raises(RuntimeError, match="no forward pass of model"):
-        problem.optimizer.step()
-    assert torch.equal(problem.weights, before)
-    assert same(problem.checkpoint(), state)
-    assert problem.optimizer.param_groups[0]["lr"] == 0.1
-    problem.steps(1)
+        training.optimizer.step()
+    assert torch.equal(training.weights(), before)
+    assert same(training.checkpoint(), state)
+    assert training.optimizer.param_groups[0]["lr"] == 0.1
+    training.steps(1)
 
 
 @every_base
 @pytest.mark.parametrize("face", ["CatapultLR", "CatapultMonitor"])
 def test_a_closure_that_fails_leaves_lr_and_the_next_step_alone(kind: type[Optimizer], face: str) -> None:
-    problem, clean = Problem(kind, face, lr=0.1), Problem(kind, face, lr=0.1)
-    problem.steps(2), clean.steps(2)
+    training, clean = problem(kind, face, lr=0.1), problem(kind, face, lr=0.1)
+    training.steps(2), clean.steps(2)
 
     def failing() -> Tensor:
-        problem.backward()
+        training.backward()
         raise KeyError("the user's")
 
     with pytest.raises(KeyError, match="the user's"):
-        problem.optimizer.step(failing)
-    assert problem.optimizer.param_groups[0]["lr"] == 0.1
-    problem.steps(3), clean.steps(3)
-    assert torch.equal(problem.weights, clean.weights)
+        training.optimizer.step(failing)
+    assert training.optimizer.param_groups[0]["lr"] == 0.1
+    training.steps(3), clean.steps(3)
+    assert torch.equal(training.weights(), clean.weights())
 
 
 @every_base
 @pytest.mark.parametrize("face", ["CatapultLR", "CatapultMonitor"])
 def test_hooks_of_the_user_run_once_and_in_order(kind: type[Optimizer], face: str) -> None:
-    problem, order = Problem(kind, face, lr=0.1), []
-    problem.optimizer.register_step_pre_hook(lambda *_: order.append("pre"))
-    problem.optimizer.register_step_post_hook(lambda *_: order.append("post"))
-    problem.steps(2)
-    problem.steps(1, closure=True)
+    training, order = problem(kind, face, lr=0.1), []
+    training.optimizer.register_step_pre_hook(lambda *_: order.append("pre"))
+    training.optimizer.register_step_post_hook(lambda *_: order.append("post"))
+    training.steps(2)
+    training.steps(1, closure=True)
     assert order == ["pre", "post"] * 3
 
 
 @every_base
 @pytest.mark.parametrize("face", ["CatapultLR", "CatapultMonitor"])
 def test_detached_it_is_the_optimizer_alone(kind: type[Optimizer], face: str) -> None:
-    alone, beside = Problem(kind, lr=0.01), Problem(kind, face, lr=0.01)
-    beside.face.detach()
+    alone, beside = problem(kind, lr=0.01), problem(kind, face, lr=0.01)
+    beside.watch.detach()
     assert alone.steps(3) == beside.steps(3)
-    assert torch.equal(alone.weights, beside.weights)
+    assert torch.equal(alone.weights(), beside.weights())
     assert not beside.optimizer._optimizer_step_pre_hooks
     assert not beside.optimizer._optimizer_step_post_hooks
 
 
-@pytest.mark.parametrize("face", ["CatapultSGD", "CatapultLR", "CatapultMonitor"])
+@pytest.mark.parametrize("face", FACES)
 def test_a_group_added_in_mid_training_is_trained(face: str) -> None:
     """Unfreezing: the last layer joins with half the rate of the first."""
     quick = CatapultPolicy(arm_steps=1, hot_steps=1)  # measured every step
-    problem = Problem(SGD, face, groups=True, lr=1.0 if face == "CatapultSGD" else 0.01, policy=quick)
-    late = problem.optimizer.param_groups.pop()
+    training = problem(SGD, face, groups=True, lr=1.0 if face == "CatapultSGD" else 0.01, policy=quick)
+    late = training.optimizer.param_groups.pop()
     for p in late["params"]:
         p.requires_grad_(False)
-        problem.optimizer.state.pop(p, None)
-    problem.steps(3)
-    before = problem.model[2].weight.detach().clone()
+        training.optimizer.state.pop(p, None)
+    training.steps(3)
+    before = training.model[2].weight.detach().clone()
     for p in late["params"]:
         p.requires_grad_(True)
-    problem.optimizer.add_param_group({"params": late["params"], "lr": late["lr"]})
-    losses = problem.steps(5)
-    assert not torch.equal(problem.model[2].weight, before)
-    assert bool(problem.weights.isfinite().all())
+    training.optimizer.add_param_group({"params": late["params"], "lr": late["lr"]})
+    losses = training.steps(5)
+    assert not torch.equal(training.model[2].weight, before)
+    assert bool(training.weights().isfinite().all())
     assert all(loss > 0 for loss in losses)
     if face != "CatapultMonitor":
-        first, second = (group["effective_lr"] for group in problem.optimizer.param_groups)
+        first, second = (group["effective_lr"] for group in training.optimizer.param_groups)
         assert second == pytest.approx(first / 2)
 
 
-@pytest.mark.parametrize("face", ["CatapultSGD", "CatapultLR", "CatapultMonitor"])
+@pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("foreach", [True, False])
 def test_foreach_is_the_forloop(face: str, foreach: bool) -> None:
-    fast, slow = (Problem(SGD, face, lr=1.0, momentum=0.5, foreach=f) for f in (foreach, None))
+    fast, slow = (problem(SGD, face, lr=1.0, momentum=0.5, foreach=f) for f in (foreach, None))
     torch.testing.assert_close(torch.tensor(fast.steps(6)), torch.tensor(slow.steps(6)))
-    torch.testing.assert_close(fast.weights, slow.weights)
+    torch.testing.assert_close(fast.weights(), slow.weights())
 
 
-@pytest.mark.parametrize("face", ["CatapultSGD", "CatapultLR", "CatapultMonitor"])
+@pytest.mark.parametrize("face", FACES)
 def test_names_of_parameters_are_kept(face: str) -> None:
-    model, criterion = nn.Linear(3, 2), nn.MSELoss()
-    named: Any = list(model.named_parameters())
-    make: dict[str, Callable[[], Optimizer]] = {
-        "CatapultSGD": lambda: CatapultSGD(named, model=model, criterion=criterion),
-        "CatapultLR": lambda: SGD(named, lr=0.1),
-        "CatapultMonitor": lambda: SGD(named, lr=0.1),
-    }
-    optimizer = make[face]()
-    if face != "CatapultSGD":
-        {"CatapultLR": CatapultLR, "CatapultMonitor": CatapultMonitor}[face](
-            optimizer, model=model, criterion=criterion
-        )
-    criterion(model(torch.ones(4, 3)), torch.zeros(4, 2)).backward()
-    optimizer.step()
-    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+    model = nn.Linear(3, 2)
+    base = None if face == "CatapultSGD" else lambda params: SGD(params, lr=0.1)
+    training = Training(face, model, noise(4, 3, 2), params=list(model.named_parameters()), base=base)
+    training.step()
+    assert training.optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]

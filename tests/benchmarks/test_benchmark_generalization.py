@@ -22,7 +22,7 @@ import torch
 from scipy.stats import bootstrap
 from torch import nn
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 from contenders import BELOW, CONTENDERS, Driver, RandomSpikes, Setup, code_of, place  # noqa: E402
 from generalization import QUICK_TASK, main, policy_change, seeds  # noqa: E402

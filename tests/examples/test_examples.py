@@ -10,7 +10,7 @@ from scripts import run_here
 
 from catapult_opt import read_log
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PNG = b"\x89PNG"
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
+from training import Training, net, noise
 
-from catapult_opt import CatapultMonitor, CatapultSGD, monitor, read_log
+from catapult_opt import monitor, read_log
 from catapult_opt.report import summarize
 
 STEP, PROBE = 1.0, 10.0
@@ -42,24 +42,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def train(clock: Clock, steps: int, face: str, **settings: Any) -> Any:
-    torch.manual_seed(0)
-    model, criterion = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)), nn.MSELoss()
-    x, y = torch.randn(16, 3), torch.randn(16, 1)
-    if face == "sgd":
-        optimizer = watcher = CatapultSGD(model.parameters(), model=model, criterion=criterion, **settings)
-    else:
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        watcher = CatapultMonitor(optimizer, model=model, criterion=criterion, **settings)
+    training = Training(face, net(3, 8, 1, activation=nn.ReLU), noise(16, 3), **settings)
     for _ in range(steps):
         clock.now += STEP
-        optimizer.zero_grad()
-        criterion(model(x), y).backward()
-        optimizer.step()
-    watcher.detach()
-    return watcher
+        training.step()
+    training.watch.detach()
+    return training.watch
 
 
-@pytest.mark.parametrize("face", ["sgd", "monitor"])
+@pytest.mark.parametrize("face", ["CatapultSGD", "CatapultMonitor"])
 @pytest.mark.parametrize("overhead", [0.05, 0.2])
 def test_spends_its_share_and_no_more(clock: Clock, tmp_path: Path, face: str, overhead: float) -> None:
     train(clock, 2000, face, overhead=overhead, every=1, log=tmp_path / "run.jsonl")
@@ -74,12 +65,12 @@ def test_spends_its_share_and_no_more(clock: Clock, tmp_path: Path, face: str, o
 
 
 def test_without_a_limit_every_step_is_measured(clock: Clock, tmp_path: Path) -> None:
-    train(clock, 30, "monitor", every=1, log=tmp_path / "run.jsonl")
+    train(clock, 30, "CatapultMonitor", every=1, log=tmp_path / "run.jsonl")
     assert len(read_log(tmp_path / "run.jsonl").measured) == 30
 
 
 def test_report_says_what_measuring_took_and_how_old_rates_got(clock: Clock, tmp_path: Path) -> None:
-    train(clock, 41, "monitor", every=10, log=tmp_path / "run.jsonl")
+    train(clock, 41, "CatapultMonitor", every=10, log=tmp_path / "run.jsonl")
     log = read_log(tmp_path / "run.jsonl")
     summary = summarize(log)
     assert [r["step"] for r in log.measured] == [1, 11, 21, 31, 41]
@@ -91,7 +82,7 @@ def test_report_says_what_measuring_took_and_how_old_rates_got(clock: Clock, tmp
 
 
 def test_a_controller_keeps_two_copies_of_the_parameters(clock: Clock, tmp_path: Path) -> None:
-    optimizer = train(clock, 3, "sgd", log=tmp_path / "run.jsonl")
+    optimizer = train(clock, 3, "CatapultSGD", log=tmp_path / "run.jsonl")
     kept = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t is not None)
     assert summarize(read_log(tmp_path / "run.jsonl")).extra_bytes == kept
 
@@ -99,6 +90,6 @@ def test_a_controller_keeps_two_copies_of_the_parameters(clock: Clock, tmp_path:
 @pytest.mark.parametrize("value", [0, -0.1, 1, 5, float("nan"), float("inf"), "0.05", True])
 def test_refuses_shares_that_mean_nothing(clock: Clock, value: Any) -> None:
     with pytest.raises(ValueError, match="overhead"):
-        train(clock, 0, "sgd", overhead=value)
+        train(clock, 0, "CatapultSGD", overhead=value)
     with pytest.raises(ValueError, match="overhead"):
-        train(clock, 0, "monitor", overhead=value)
+        train(clock, 0, "CatapultMonitor", overhead=value)

@@ -9,7 +9,7 @@ from scripts import run_here
 
 @pytest.fixture(scope="module")
 def rows():
-    script = Path(__file__).parent.parent / "examples" / "quadratic_model.py"
+    script = Path(__file__).parents[2] / "examples" / "quadratic_model.py"
     result = run_here(script)
     assert result.returncode == 0
     lines = [line.split() for line in result.stdout.splitlines()]

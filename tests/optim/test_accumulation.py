@@ -15,58 +15,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from training import BASES, Training, net, noise
 
-from catapult_opt import CatapultMonitor, CatapultPolicy, CatapultSGD, critical_lr
+from catapult_opt import CatapultPolicy, critical_lr
 
 STEPS = 4
 N = 24
 ALIKE = CatapultPolicy(smoothing=1)  # a micro-batch is not a whole batch seen again
 
 
-class Run:
-    """A net, its data, and the optimizer; float64, so that sums in another order agree to many digits."""
+class Run(Training):
+    """In float64, so that sums in another order agree to many digits."""
 
-    def __init__(self, criterion: Any = None, kind: Any = CatapultSGD, **settings: Any) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-        with torch.no_grad():
-            for p in self.model.parameters():
-                p.copy_(torch.randn(p.shape, generator=generator) / 2)
-        self.x = torch.randn(N, 4, generator=generator).double()
-        self.y = torch.randn(N, 3, generator=generator).double()
-        if isinstance(criterion, nn.CrossEntropyLoss):
-            self.y = self.y.argmax(1)
-        self.criterion = criterion or nn.MSELoss()
-        self.optimizer = kind(
-            self.model.parameters(), model=self.model, criterion=self.criterion, policy=ALIKE, every=1, **settings
-        )
-
-    def loss(self, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        x, y = (self.x, self.y) if x is None else (x, y)
-        return self.criterion(self.model(x), y)
-
-    def seen_weights(self) -> Tensor:
-        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+    def __init__(self, criterion: Any = None, model: nn.Module | None = None, **settings: Any) -> None:
+        x, y = noise(N, 4, 3, dtype=torch.float64)
+        y = y.argmax(1) if isinstance(criterion, nn.CrossEntropyLoss) else y
+        model = net(4, 8, 3).double() if model is None else model
+        super().__init__("CatapultSGD", model, (x, y), criterion=criterion, policy=ALIKE, every=1, **settings)
 
     def seen(self) -> Any:
-        last = self.optimizer.last
-        return self.seen_weights(), last.eta_crit, self.optimizer.param_groups[0]["effective_lr"], self.optimizer.phase
+        return self.weights(), self.watch.last.eta_crit, self.rates()[0], self.watch.phase
 
 
-def plain(run: Run) -> None:
-    run.optimizer.zero_grad()
-    run.loss().backward()
-    run.optimizer.step()
-
-
-def compare(
-    step: Callable[[Run], None], rtol: float = 1e-5, reference: Callable[[Run], None] = plain, **settings: Any
-) -> None:
+def compare(step: Callable[[Run], None], rtol: float = 1e-5, **settings: Any) -> None:
     """Some steps of a loop against as many of the plain one."""
     run, expected = Run(**settings), Run(**settings)
     for _ in range(STEPS):
         step(run)
-        reference(expected)
+        expected.step()
         got, want = run.seen(), expected.seen()
         torch.testing.assert_close(got[0], want[0], rtol=rtol, atol=rtol)
         assert got[1:3] == pytest.approx(want[1:3], rel=10 * rtol)
@@ -150,9 +126,9 @@ def test_a_weighted_loss_has_weighted_curvature(name: str) -> None:
     run, expected = Run(CRITERIA[name]()), Run(CRITERIA[name]())
     for _ in range(STEPS):
         step(run)
-        plain(expected)
+        expected.step()
         assert 7 * run.optimizer.last.eta_crit == pytest.approx(expected.optimizer.last.eta_crit, rel=1e-6)
-        torch.testing.assert_close(run.seen()[0], expected.seen()[0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(run.weights(), expected.weights(), rtol=1e-6, atol=1e-6)
 
 
 def test_zero_grad_between_forward_and_backward() -> None:
@@ -239,8 +215,8 @@ def test_grad_scaler_skips_and_goes_on() -> None:
         scaler.step(run.optimizer)
         scaler.update()
         if i % 3 != 1:
-            plain(expected)
-    torch.testing.assert_close(run.seen()[0], expected.seen()[0], rtol=1e-5, atol=1e-5)
+            expected.step()
+    torch.testing.assert_close(run.weights(), expected.weights(), rtol=1e-5, atol=1e-5)
     assert run.optimizer.last.eta_crit == pytest.approx(expected.optimizer.last.eta_crit, rel=1e-4)
 
 
@@ -256,9 +232,9 @@ def test_grad_scaler_with_a_scale() -> None:
             nn.utils.clip_grad_norm_(run.model.parameters(), 1e6)
         scaler.step(run.optimizer)
         scaler.update()
-        plain(expected)
+        expected.step()
         assert run.optimizer.last.eta_crit == pytest.approx(expected.optimizer.last.eta_crit, rel=1e-4)
-        torch.testing.assert_close(run.seen()[0], expected.seen()[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(run.weights(), expected.weights(), rtol=1e-5, atol=1e-5)
     assert scaler.get_scale() > 2.0**10
 
 
@@ -266,14 +242,14 @@ def test_grad_scaler_with_a_scale() -> None:
 def test_grad_scaler_unannounced_is_noticed(unscale: bool) -> None:
     """A critical rate too small by 2^16 would train nothing, silently."""
     run = Run()
-    before = run.seen_weights()
+    before = run.weights()
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(run.loss()).backward()
     if unscale:
         scaler.unscale_(run.optimizer)
     with pytest.raises(RuntimeError, match="grad_scaler=scaler"):
         scaler.step(run.optimizer)
-    assert torch.equal(run.seen_weights(), before)
+    assert torch.equal(run.weights(), before)
 
 
 # ----------------------------------------------------------------------------------------------------------- validation
@@ -342,7 +318,7 @@ def test_validation_between_steps_does_not_count(validate: Callable[[Run], None]
 def test_validation_with_gradients_enabled_keeps_no_graph() -> None:
     """Each loss is free as soon as the loop drops it, as without the optimizer: an epoch of them would fill memory."""
     run = Run()
-    plain(run)
+    run.step()
     alive = []
     for _ in range(3):
         x = (2 * run.x).requires_grad_()
@@ -374,18 +350,10 @@ class TwoHeads(nn.Module):
         return out[:, :1], out[:, 1:]
 
 
-def two_heads() -> Run:
-    run = Run()
-    run.optimizer.detach()
-    run.model = TwoHeads(run.model)
-    run.optimizer = CatapultSGD(run.model.parameters(), model=run.model, criterion=run.criterion, policy=ALIKE, every=1)
-    return run
-
-
 @pytest.mark.parametrize("backward", ["together", "apart"])
 def test_several_criterion_calls_are_summed(backward: str) -> None:
     """Two heads, two calls, weights 1/3 and 2/3: the mean over both is the MSE over all."""
-    run, expected = two_heads(), Run()
+    run, expected = Run(model=TwoHeads(net(4, 8, 3).double())), Run()
     for _ in range(STEPS):
         run.optimizer.zero_grad()
         first, second = run.model(run.x)
@@ -396,9 +364,9 @@ def test_several_criterion_calls_are_summed(backward: str) -> None:
             losses[0].backward(retain_graph=True)
             losses[1].backward()
         run.optimizer.step()
-        plain(expected)
+        expected.step()
         assert run.optimizer.last.eta_crit == pytest.approx(expected.optimizer.last.eta_crit, rel=1e-5)
-        torch.testing.assert_close(run.seen()[0], expected.seen()[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(run.weights(), expected.weights(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_criterion_call_that_is_not_part_of_the_loss_does_not_count() -> None:
@@ -485,24 +453,17 @@ def test_a_checkpointed_model() -> None:
 # ------------------------------------------------------------------------------------------------------------- closures
 
 
-def by_position(run: Run) -> Any:
-    return run.optimizer.step(lambda: closure(run))
+def by_position(run: Training) -> Any:
+    return run.optimizer.step(run.backward)
 
 
-def by_keyword(run: Run) -> Any:
-    return run.optimizer.step(closure=lambda: closure(run))
+def by_keyword(run: Training) -> Any:
+    return run.optimizer.step(closure=run.backward)
 
 
-def under_no_grad(run: Run) -> Any:
+def under_no_grad(run: Training) -> Any:
     with torch.no_grad():
-        return run.optimizer.step(lambda: closure(run))
-
-
-def closure(run: Run) -> Tensor:
-    run.optimizer.zero_grad()
-    loss = run.loss()
-    loss.backward()
-    return loss
+        return run.optimizer.step(run.backward)
 
 
 @pytest.mark.parametrize("way", [by_position, by_keyword, under_no_grad], ids=lambda f: f.__name__)
@@ -517,25 +478,16 @@ def test_closures(way: Callable[[Run], Any]) -> None:
 
 @pytest.mark.parametrize("way", [by_position, by_keyword], ids=lambda f: f.__name__)
 def test_the_monitor_sees_steps_with_a_closure(way: Callable[[Run], Any]) -> None:
-    def build(*, watched: bool) -> tuple[Run, Any]:
-        run = Run()
-        run.optimizer.detach()
-        run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.3, momentum=0.5)
-        monitor = None
-        if watched:
-            monitor = CatapultMonitor(run.optimizer, model=run.model, criterion=run.criterion, every=1)
-        return run, monitor
-
-    run, monitor = build(watched=True)
-    bare, _ = build(watched=False)
+    data = noise(N, 4, 3, dtype=torch.float64)
+    run = Training("CatapultMonitor", net(4, 8, 3).double(), data, base=BASES["CatapultMonitor"], every=1)
+    bare = Training("", net(4, 8, 3).double(), data, base=BASES["CatapultMonitor"])
     for i in range(STEPS):
         truth = critical_lr(run.model, nn.MSELoss(), run.x, run.y).lambda_max
         loss = way(run)
         assert torch.equal(loss, way(bare))
-        assert monitor.measured_steps == i + 1
-        assert monitor.last.lambda_max == pytest.approx(truth, rel=0.1)
-    for p, q in zip(run.model.parameters(), bare.model.parameters(), strict=True):
-        assert torch.equal(p, q)
+        assert run.watch.measured_steps == i + 1
+        assert run.watch.last.lambda_max == pytest.approx(truth, rel=0.1)
+    assert torch.equal(run.weights(), bare.weights())
 
 
 # ----------------------------------------------------------------------------------------- parameters that come and go
@@ -543,19 +495,14 @@ def test_the_monitor_sees_steps_with_a_closure(way: Callable[[Run], Any]) -> Non
 
 def test_layers_unfrozen_and_groups_added_along_the_way() -> None:
     """Oracle: the critical rate over the parameters that are trainable at the time."""
-    run = Run()
-    run.optimizer.detach()
-    first, last = run.model[0], run.model[2]
-    for p in first.parameters():
-        p.requires_grad_(False)
-    run.optimizer = CatapultSGD(
-        [*last.parameters(), first.weight], model=run.model, criterion=run.criterion, policy=ALIKE, every=1
-    )
+    model = net(4, 8, 3).double()
+    first, last = model[0].requires_grad_(False), model[2]
+    run = Run(model=model, params=[*last.parameters(), first.weight])
 
     def check() -> None:
         for _ in range(3):
             truth = critical_lr(run.model, nn.MSELoss(), run.x, run.y).eta_crit
-            plain(run)
+            run.step()
             assert run.optimizer.last.eta_crit == pytest.approx(truth, rel=0.1)
 
     check()
@@ -571,13 +518,10 @@ def test_layers_unfrozen_and_groups_added_along_the_way() -> None:
 
 
 def test_a_functional_criterion_is_called_through_the_optimizer() -> None:
-    def step(run: Run) -> None:
+    run, expected = Run(F.mse_loss), Run()
+    for _ in range(STEPS):
         run.optimizer.zero_grad()
         run.optimizer.criterion(run.model(run.x), run.y).backward()
         run.optimizer.step()
-
-    run, expected = Run(F.mse_loss), Run()
-    for _ in range(STEPS):
-        step(run)
-        plain(expected)
-        assert torch.equal(run.seen()[0], expected.seen()[0])
+        expected.step()
+        assert torch.equal(run.weights(), expected.weights())

@@ -12,10 +12,10 @@ import weakref
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
+from training import Training, net, noise
 
-from catapult_opt import CatapultMonitor, CatapultPolicy, CatapultSGD
+from catapult_opt import CatapultPolicy, CatapultSGD
 from catapult_opt.capture import Capture, LossCall
 from catapult_opt.replay import ForwardCall
 
@@ -25,7 +25,7 @@ class Counted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.inner = net(3, 8, 1)
         self.forwards = 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,25 +43,12 @@ class CountedLoss(nn.MSELoss):
         return super().forward(outputs, targets)
 
 
-class Run:
-    def __init__(self, kind: str = "optimizer", **settings: Any) -> None:
-        torch.manual_seed(0)
-        self.model, self.criterion = Counted(), CountedLoss()
-        self.batches = [(torch.randn(8, 3), torch.randn(8, 1)) for _ in range(4)]
-        connection = {"model": self.model, "criterion": self.criterion, **settings}
-        if kind == "monitor":
-            self.optimizer: Any = torch.optim.SGD(self.model.parameters(), lr=0.05)
-            self.watch: Any = CatapultMonitor(self.optimizer, **connection)
-        else:
-            self.optimizer = self.watch = CatapultSGD(self.model.parameters(), **connection)
-        self.steps = 0
+class Run(Training):
+    """Four batches in turn, each pass counted."""
 
-    def step(self) -> None:
-        x, y = self.batches[self.steps % len(self.batches)]
-        self.optimizer.zero_grad()
-        self.criterion(self.model(x), y).backward()
-        self.optimizer.step()
-        self.steps += 1
+    def __init__(self, face: str = "CatapultSGD", **settings: Any) -> None:
+        batches = [noise(8, 3, seed=seed) for seed in range(4)]
+        super().__init__(face, Counted(), batches, criterion=CountedLoss(), **settings)
 
     def cost(self) -> tuple[int, int, int]:
         """Forward passes, criterion calls and curvature products of one step; -1 products: not measured."""
@@ -82,7 +69,7 @@ def objects() -> dict[str, int]:
     return counts
 
 
-both = pytest.mark.parametrize("kind", ["optimizer", "monitor"])
+both = pytest.mark.parametrize("face", ["CatapultSGD", "CatapultMonitor"])
 
 
 # ------------------------------------------------------------------------------------------------------------- forwards
@@ -90,13 +77,13 @@ both = pytest.mark.parametrize("kind", ["optimizer", "monitor"])
 
 @both
 @pytest.mark.parametrize("every", [1, 3, 10])
-def test_forwards_are_one_a_product(kind: str, every: int) -> None:
+def test_forwards_are_one_a_product(face: str, every: int) -> None:
     """After the first measurement (which also finds the size of its difference step): one pass for every product.
 
     Where a rate is to be acted on and no more, a last pass without a backward pass may settle it.
     """
-    half = 1 if kind == "optimizer" else 0
-    run = Run(kind, every=every, engine="finite-difference", **(QUIET if kind == "optimizer" else {}))
+    half = 1 if face == "CatapultSGD" else 0
+    run = Run(face, every=every, engine="finite-difference", **(QUIET if face == "CatapultSGD" else {}))
     costs = [run.cost() for _ in range(31)]
     for i, (forwards, calls, matvecs) in enumerate(costs):
         if i % every == 0:
@@ -129,9 +116,9 @@ def test_forwards_without_a_model_are_the_loops() -> None:
 
 
 @both
-def test_forwards_on_unmeasured_steps_are_not_recorded(kind: str) -> None:
+def test_forwards_on_unmeasured_steps_are_not_recorded(face: str) -> None:
     """Nothing is kept for a measurement that will not be made, in the middle of a step."""
-    run = Run(kind, every=50, **(QUIET if kind == "optimizer" else {}))
+    run = Run(face, every=50, **(QUIET if face == "CatapultSGD" else {}))
     run.step()
     before = objects()["ForwardCall"]
     x, y = run.batches[0]
@@ -143,26 +130,16 @@ def test_forwards_on_unmeasured_steps_are_not_recorded(kind: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------- hooks
 
 
-def hooks(run: Run) -> int:
-    modules = [*run.model.modules(), *run.criterion.modules()]
-    return sum(
-        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._forward_hooks_with_kwargs)
-        + len(m._forward_pre_hooks_with_kwargs) + len(m._backward_hooks)
-        for m in modules
-    )  # fmt: skip
-
-
 @both
 @pytest.mark.parametrize("steps", [0, 3])
-def test_hooks_go_with_detach(kind: str, steps: int) -> None:
-    run = Run(kind)
-    assert hooks(run) > 0
-    for _ in range(steps):
-        run.step()
+def test_hooks_go_with_detach(face: str, steps: int) -> None:
+    run = Run(face)
+    assert run.hooks() > 0
+    run.steps(steps)
     run.watch.detach()
-    assert hooks(run) == 0
+    assert run.hooks() == 0
     run.watch.detach()
-    if kind == "monitor":
+    if face == "CatapultMonitor":
         assert len(run.optimizer._optimizer_step_pre_hooks) == 0
         run.step()
 
@@ -174,41 +151,40 @@ def test_hooks_go_with_the_optimizer(steps: int) -> None:
     gc.disable()
     try:
         run = Run()
-        for _ in range(steps):
-            run.step()
+        run.steps(steps)
         gone = weakref.ref(run.optimizer)
         run.optimizer = run.watch = None
         assert gone() is None
-        assert hooks(run) == 0
+        assert run.hooks() == 0
     finally:
         gc.enable()
 
 
 def test_hooks_of_a_monitor_go_with_it_and_its_optimizer() -> None:
-    run = Run("monitor")
+    run = Run("CatapultMonitor")
     run.step()
     run.watch = None
     run.step()  # it is the optimizer's by now
     run.optimizer = None
     gc.collect()
-    assert hooks(run) == 0
+    assert run.hooks() == 0
 
 
 def test_hooks_of_others_stay() -> None:
     run = Run()
     handle = run.model.register_forward_hook(lambda *_: None)
     run.optimizer.detach()
-    assert hooks(run) == 1
+    assert run.hooks() == 1
     handle.remove()
 
 
 def test_hooks_do_not_pile_up_over_attachments() -> None:
     run = Run()
-    before = hooks(run)
+    before = run.hooks()
     for _ in range(5):
         run.optimizer.attach(model=run.model, criterion=run.criterion)
         run.step()
-    assert hooks(run) == before
+    assert run.hooks() == before
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
@@ -252,9 +228,7 @@ def test_memory_of_the_state_does_not_grow() -> None:
     def size() -> int:
         return sum(len(v) for group in run.optimizer.param_groups for v in group.values() if isinstance(v, str))
 
-    for _ in range(20):
-        run.step()
+    run.steps(20)
     before = size()
-    for _ in range(280):
-        run.step()
+    run.steps(280)
     assert size() < before + 200

@@ -18,7 +18,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import paying  # noqa: E402
 from tasks import TASKS, Problem, Task, draw  # noqa: E402

@@ -17,7 +17,7 @@ import torch
 import catapult_opt
 import catapult_opt.analysis
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODULES = sorted(
     {
         info.name
