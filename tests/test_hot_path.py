@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from catapult_opt import CatapultMonitor, CatapultPolicy, CatapultSGD
-from catapult_opt.capture import Capture, LossCall
+from catapult_opt.capture import Capture
+from catapult_opt.link import LossCall
 from catapult_opt.replay import ForwardCall
 
 
