@@ -43,11 +43,13 @@ from torch import Tensor, nn
 from truth import ggn_lambda_max, hessian_lambda_max
 
 from catapult_opt import CatapultMonitor, CatapultSGD, critical_lr
-from catapult_opt.capture import Capture, LossCall
-from catapult_opt.curvature.operators import GGN, StepSize
-from catapult_opt.curvature.vectors import Vector, random_unit
+from catapult_opt.capture import Capture
+from catapult_opt.curvature.engines import StepSize
+from catapult_opt.curvature.operators import GGN
+from catapult_opt.link import LossCall
 from catapult_opt.measure import measure
 from catapult_opt.replay import preserved
+from catapult_opt.vectors import Vector, random_unit
 
 ACCURACY = 0.01  # asked of one estimate
 # The project's targets.

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .capture import LossModule
-    from .measure import CriticalLR, MeasurementError, MeasurementWarning, critical_lr
+    from .criterion import LossModule
+    from .measure import CriticalLR, MeasurementError, MeasurementWarning
     from .monitor import CatapultMonitor
+    from .on_demand import critical_lr
     from .optimizer import CatapultSGD
     from .policy import CatapultPolicy
     from .replay import is_measuring
@@ -24,11 +25,11 @@ _HOME = {
     "CatapultPolicy": "policy",
     "CatapultSGD": "optimizer",
     "CriticalLR": "measure",
-    "LossModule": "capture",
+    "LossModule": "criterion",
     "MeasurementError": "measure",
     "MeasurementWarning": "measure",
     "RunLog": "runlog",
-    "critical_lr": "measure",
+    "critical_lr": "on_demand",
     "is_measuring": "replay",
     "read_log": "runlog",
 }

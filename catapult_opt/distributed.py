@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .curvature.vectors import Layout, Total, Vector
+from .vectors import Layout, Total, Vector
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the gathered weights of modules under fully_shard: the next forward pass gathers what stands there then."""
+    """Free the gathered weights of modules under fully_shard: the next forward pass gathers them anew."""
     if not _running():
         return
     from torch.distributed.fsdp import FSDPModule

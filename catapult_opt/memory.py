@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .curvature.vectors import Vector
 from .distributed import local, reshard
+from .vectors import Vector
 
 # Keys in the state of a parameter: the vector that the next measurement starts from, and the averaged weights, which
 # are also what a blow-up is undone to. Both are there from the first step on, and shard with the parameter.

@@ -12,11 +12,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .checks import check_whole_number
+from .grad_scaler import LossScaler
 from .memory import Memory
 from .observer import COUNTING, Observer
 from .options import MeasuringOptions
 from .recorder import Recorder
-from .scaling import LossScaler
 from .schedule import MeasurementSchedule
 from .step_hook import StepHook, plain_settings
 from .updates import check_supported, next_update

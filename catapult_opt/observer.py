@@ -16,16 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .capture import Capture, LossCall, as_module
+from .capture import Capture
 from .catapults import Event
-from .curvature.operators import ENGINES, FINITE_DIFFERENCE, StepSize
-from .curvature.vectors import Vector
+from .criterion import as_module
+from .curvature.engines import ENGINES, FINITE_DIFFERENCE, StepSize
 from .distributed import group_of, reshard, unwrapped
+from .link import LossCall
 from .measure import GRAM, CriticalLR, MeasurementError, MeasurementWarning, choose_engine, measure, trainable
 from .options import MeasuringOptions
 from .state import FieldsState, field_of, take_over
 from .trees import tensors_in
 from .updates import BaseUpdate
+from .vectors import Vector
 
 # A first measurement pays once for a good vector; later ones start from it.
 _COLD_TOL, _COLD_MATVECS = 9e-4, 30

@@ -16,11 +16,11 @@ from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
 from .controller import Controller
+from .grad_scaler import LossScaler
 from .memory import check_entries
 from .observer import check_model, params_of
 from .options import MeasuringOptions
 from .policy import CatapultPolicy
-from .scaling import LossScaler
 from .state import parse
 from .step_hook import Face, attend
 from .updates import next_update

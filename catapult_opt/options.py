@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .checks import check_whole_number
-from .curvature.operators import ENGINES
+from .curvature.engines import ENGINES
+from .grad_scaler import LossScaler, check_scaler
 from .measure import GRAM
-from .scaling import LossScaler, check_scaler
 
 
 @dataclass(frozen=True)

@@ -57,28 +57,42 @@ class Buffer:
 class ForwardCall:
     """One forward pass of the training loop: its arguments and the state it started from."""
 
+    # The arguments of the call.
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    rng: list[tuple[str | None, Tensor]]  # (None, CPU state) and (device, its state): the same dropout masks again
-    modes: list[bool]  # training flag of every submodule
-    weights: list[Tensor]  # all the model's, also those that another optimizer trains
-    versions: list[int]  # of the weights and the tensor arguments: were they changed since?
-    autocast: bool  # under it, or perhaps: where something wraps the model's forward
-    compiled: bool = False  # the loop called torch.compile's version of a model given uncompiled
-    random: bool = False  # it drew random numbers
-    outputs: list[Tensor] = field(default_factory=list)  # those that need gradients, as the loop got them
-    places: list[int] = field(default_factory=list)  # where they stand among all tensors of the output
-    edges: list[GradientEdge] = field(default_factory=list)  # where the graph enters them, in-place changes aside
-    base: list[Tensor] | None = None  # detached outputs at the weights of the step
+    # The random state of the CPU (None) and of each device: the pass run again draws the same dropout masks.
+    rng: list[tuple[str | None, Tensor]]
+    # The training flag of every submodule.
+    modes: list[bool]
+    # All weights of the model, also those that another optimizer trains.
+    weights: list[Tensor]
+    # The versions of the weights and of the tensor arguments, which tell whether they were changed since.
+    versions: list[int]
+    # True under autocast, and where something wraps the model's forward and may switch autocast on inside.
+    autocast: bool
+    # True where the loop called torch.compile's version of a model given uncompiled.
+    compiled: bool = False
+    # True where the pass drew random numbers.
+    random: bool = False
+    # The output tensors that need gradients, as the loop got them.
+    outputs: list[Tensor] = field(default_factory=list)
+    # The index of each of these among all tensors of the output.
+    places: list[int] = field(default_factory=list)
+    # The edges by which the graph enters the outputs, whatever was changed in place since.
+    edges: list[GradientEdge] = field(default_factory=list)
+    # The detached outputs at the weights of the step.
+    base: list[Tensor] | None = None
+    # The versions of the outputs, which tell whether they were changed since.
     output_versions: list[int] = field(default_factory=list)
-    buffers: list[Buffer] = field(default_factory=list)  # those that the forward pass changes, as it found them
+    # The buffers that the forward pass changes, as it found them.
+    buffers: list[Buffer] = field(default_factory=list)
 
     def finish(self, output: Any) -> None:
         """Keep the outputs that gradients flow through, and the buffers that were changed."""
         self.buffers = [b for b in self.buffers if b.changed()]
         self.random = any(not torch.equal(_random_state(device), state) for device, state in self.rng)
         every = tensors_in(output)
-        first = {id(t): i for i, t in reversed(list(enumerate(every)))}  # one tensor may stand in several places
+        first = {id(t): i for i, t in reversed(list(enumerate(every)))}  # one tensor may come in several places
         self.places = sorted(i for i in first.values() if every[i].requires_grad and every[i].is_floating_point())
         self.outputs = [every[i] for i in self.places]
         self.edges = [get_gradient_edge(t) for t in self.outputs]
@@ -155,7 +169,7 @@ def _random_state(device: str | None) -> Tensor:
 
 
 def buffers_of(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
-    """Every buffer and where it stands."""
+    """Every buffer, with its module and its name there."""
     return [(m, name, b) for m in modules for name, b in m.named_buffers(recurse=False)]
 
 
@@ -198,7 +212,7 @@ def preserved(model: nn.Module, criterion: nn.Module | None, params: Sequence[Te
 
     Weights and buffers are restored by pointer: their own storage is never written, but for the parts of sharded
     parameters, which are copied back. Inside, gradients are enabled,
-    autocast is off, and half-precision weights and buffers stand in float32.
+    autocast is off, and half-precision weights and buffers are in float32.
     """
     ids = frozenset(map(id, model.modules()))
     reshard(model)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .controller import Controller
+from .grad_scaler import LossScaler
 from .memory import AVERAGE, VECTOR, check_entries
 from .optimizer import CatapultSGD
 from .options import MeasuringOptions
 from .policy import CatapultPolicy, Decision
-from .scaling import LossScaler
 from .step_hook import StepHook, plain_settings
 from .updates import check_supported, next_update
 

@@ -16,8 +16,8 @@ from torch.func import functional_call, jvp
 
 from catapult_opt.checks import check_whole_number
 from catapult_opt.curvature.eigensolver import top_eigenvalue
-from catapult_opt.curvature.vectors import Vector, norm, random_unit, scaled
 from catapult_opt.replay import preserved
+from catapult_opt.vectors import Vector, norm, random_unit, scaled
 
 from .network import DAGNetwork
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from .vectors import Layout, Total, Vector, add_, combine, dots, norm
+from ..vectors import Layout, Total, Vector, add_, combine, dots, norm
 
 Matrix = npt.NDArray[np.float64]
 
@@ -34,12 +34,18 @@ _ROUGH = 5e-3
 class EigenEstimate:
     """The top eigenvalue of a symmetric operator and how far to trust it."""
 
-    value: float  # lower bound on the largest eigenvalue (up to the operator's own error)
-    vector: Vector  # unit Ritz vector, the warm start of the next call
-    residual: float  # |A v - theta v| / theta at the Ritz pair (theta, v): some eigenvalue lies within residual * theta
+    # A lower bound on the largest eigenvalue (up to the operator's own error).
+    value: float
+    # The unit Ritz vector: the warm start of the next call.
+    vector: Vector
+    # |A v - theta v| / theta at the Ritz pair (theta, v): some eigenvalue lies within residual * theta of theta.
+    residual: float
+    # The number of products.
     matvecs: int
+    # False where the cap on products was reached first.
     converged: bool
-    asymmetry: float  # largest |v.A w - w.A v| / theta seen between basis vectors: what the products are worth
+    # The largest |v.A w - w.A v| / theta seen between basis vectors: how exact the products are.
+    asymmetry: float
 
 
 def top_eigenvalue(
@@ -133,10 +139,15 @@ def _calm_products(tol: float, residual: float) -> int:
 class EigenPairs:
     """The top eigenpairs of a symmetric operator, largest first."""
 
-    values: list[float]  # k
-    vectors: list[Vector]  # k unit vectors, orthogonal to each other
-    residuals: list[float]  # |A v - theta v| / largest theta
+    # The k eigenvalues.
+    values: list[float]
+    # Their k unit vectors, orthogonal to each other.
+    vectors: list[Vector]
+    # |A v - theta v| / (largest theta) of each pair.
+    residuals: list[float]
+    # The number of products.
     matvecs: int
+    # False where the cap on products was reached first.
     converged: bool
 
 
@@ -189,9 +200,13 @@ def top_eigenpairs(
 
 @dataclass(frozen=True)
 class _Ritz:
-    value: float  # the estimate
-    theta: float  # Ritz value
-    coefficients: Matrix  # of the Ritz vector in the basis
+    # The estimate of the largest eigenvalue.
+    value: float
+    # The Ritz value.
+    theta: float
+    # The coefficients of the Ritz vector in the basis.
+    coefficients: Matrix
+    # |A v - theta v| / theta.
     residual: float
 
 

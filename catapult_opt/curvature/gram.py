@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import LossCall
+from ..link import LossCall
 from ..replay import ForwardCall, replay
-from .operators import Scale, selected
+from .engines import Scale, selected
 from .output_hessian import OutputHessian
 
 # Forming and decomposing an n x n matrix beats a few products up to about this many samples.

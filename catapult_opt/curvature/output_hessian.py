@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..link import LossCall
 from ..replay import precise
 from ..trees import map_tensors
-
-if TYPE_CHECKING:
-    from ..capture import LossCall
 
 
 class OutputHessian:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from catapult_opt import CatapultMonitor, MeasurementError, critical_lr, read_log
 from catapult_opt.analysis.networks import ntk_mlp
 from catapult_opt.capture import Capture
-from catapult_opt.curvature.operators import NTK, StepSize
+from catapult_opt.curvature.engines import StepSize
+from catapult_opt.curvature.operators import NTK
 from catapult_opt.replay import preserved
 
 ENGINES = ["finite-difference", "forward", "double-backward"]

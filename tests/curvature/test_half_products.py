@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from catapult_opt.capture import Capture, LossCall
+from catapult_opt.capture import Capture
 from catapult_opt.curvature.eigensolver import top_eigenvalue
-from catapult_opt.curvature.operators import ENGINES, GGN, StepSize
-from catapult_opt.curvature.vectors import random_unit
+from catapult_opt.curvature.engines import ENGINES, StepSize
+from catapult_opt.curvature.operators import GGN
+from catapult_opt.link import LossCall
 from catapult_opt.replay import preserved
+from catapult_opt.vectors import random_unit
 
 F64 = torch.float64
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from training import Training, net, noise
 
 from catapult_opt import CatapultPolicy, CatapultSGD
-from catapult_opt.capture import Capture, LossCall
+from catapult_opt.capture import Capture
+from catapult_opt.link import LossCall
 from catapult_opt.replay import ForwardCall
 
 

@@ -26,9 +26,9 @@ from catapult_opt import (
     CatapultSGD,
     CriticalLR,
     capture,
+    grad_scaler,
     monitor,
     read_log,
-    scaling,
 )
 
 READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default}
@@ -60,7 +60,7 @@ class World:
         patch.setattr(monitor, "measure", self.measure)
         patch.setattr(monitor, "choose_engine", lambda *_, **__: ("finite-difference", "made up"))
         patch.setattr(monitor, "read_numbers", self.read)
-        patch.setattr(scaling, "read_numbers", lambda tensors: [1.0] * len(tensors))  # no loss is scaled
+        patch.setattr(grad_scaler, "read_numbers", lambda tensors: [1.0] * len(tensors))  # no loss is scaled
 
     def measure(self, model: nn.Module, criterion: Any, params: list[Tensor], calls: Any, **_: Any) -> Any:
         self.measured += 1

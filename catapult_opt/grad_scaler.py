@@ -33,7 +33,7 @@ def scale_of(scaler: LossScaler, like: Tensor) -> Tensor:
 
 
 class UnannouncedScaler:
-    """Finds a loss scaling that nobody told of: gradients smaller at the step than backward left them, by its factor.
+    """Finds an undeclared loss scaling: gradients smaller at the step than backward left them, by its factor.
 
     The weight of the loss alone does not tell: its author may want it large.
     """
