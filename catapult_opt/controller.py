@@ -70,7 +70,7 @@ class Controller:
             every=options.every, overhead=options.overhead, share=share, group=observer.group
         )
         self.memory = Memory(state)
-        self._machine = Catapulter(policy)
+        self.policy, self._machine = policy, Catapulter(policy)
 
     @property
     def phase(self) -> str:
@@ -91,8 +91,8 @@ class Controller:
             raise RuntimeError("step() inside averaged(): leave it first, the averaged weights are not to be trained")
         observer, machine, memory = self.observer, self._machine, self.memory
         start = memory.start(observer.params) if observer.measures_next else None
-        seen = observer.observe(start, update, read=self.recorder.read, begin=self.recorder.begin, need_loss=True)
         self.schedule.clock.start()
+        seen = observer.observe(start, update, read=self.recorder.read, begin=self.recorder.begin, need_loss=True)
         assert seen.loss is not None
         decision = machine.update(
             step=seen.step,
@@ -179,17 +179,17 @@ def _upgraded(state: dict[str, Any]) -> dict[str, Any]:
     """
     version = state.get("version", 1 if "session" in state or "machine" in state else None)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"state: version must be a whole number >= 1, got {version!r}: pass what state_dict() gave")
+        raise ValueError(f"state_dict: version must be a whole number, got {version!r}: pass what state_dict() gave")
     if version > VERSION:
         raise ValueError(
-            f"state: is of version {version}, and this catapult_opt reads up to version {VERSION}: upgrade it with "
+            f"state_dict: is of version {version}, and this catapult_opt reads up to {VERSION}: upgrade it with "
             "`pip install --upgrade catapult_opt`"
         )
     if version > 1:
         return state
     session, machine = state.get("session"), state.get("machine")
     if not isinstance(session, dict) or not isinstance(machine, dict):
-        raise ValueError("state: session and machine must be mappings: pass what state_dict() gave")
+        raise ValueError("state_dict: session and machine must be mappings: pass what state_dict() gave")
     counter = session.get("counter", {})
     measured = counter.get("measured", 0) if isinstance(counter, dict) else 0
     return {

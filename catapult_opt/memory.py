@@ -153,7 +153,7 @@ def parse_buffers(state: object, model: nn.Module) -> dict[str, Tensor]:
     if isinstance(state, str):
         state = _decoded_text(state)
     if not isinstance(state, dict):
-        raise ValueError(f"state: buffers must be a mapping, got {type(state).__name__}")
+        raise ValueError(f"state_dict: buffers must be a mapping, got {type(state).__name__}")
     known = dict(model.named_buffers())
     found = {}
     for name in known.keys() & state.keys():
@@ -161,7 +161,7 @@ def parse_buffers(state: object, model: nn.Module) -> dict[str, Tensor]:
         buffer = value if isinstance(value, Tensor) else _decoded(name, value)
         if buffer.shape != known[name].shape:
             raise ValueError(
-                f"state: buffer {name} has shape {tuple(buffer.shape)}, the model's {tuple(known[name].shape)}"
+                f"state_dict: buffer {name} has shape {tuple(buffer.shape)}, the model's {tuple(known[name].shape)}"
             )
         _check_finite(f"buffer {name}", buffer)
         found[name] = buffer.to(known[name])
@@ -180,10 +180,10 @@ def check_entries(entries: Mapping[str, Any], p: Tensor, name: str) -> dict[str,
             continue
         value = entries[key]
         if not isinstance(value, Tensor):
-            raise ValueError(f"state: {key} of parameter {name} must be a tensor, got {type(value).__name__}")
+            raise ValueError(f"state_dict: {key} of parameter {name} must be a tensor, got {type(value).__name__}")
         if value.shape != p.shape:
             raise ValueError(
-                f"state: {key} of parameter {name} has shape {tuple(value.shape)}, and the parameter "
+                f"state_dict: {key} of parameter {name} has shape {tuple(value.shape)}, and the parameter "
                 f"{tuple(p.shape)}: is it another model's?"
             )
         _check_finite(f"{key} of parameter {name}", value)
@@ -193,7 +193,7 @@ def check_entries(entries: Mapping[str, Any], p: Tensor, name: str) -> dict[str,
 def _check_finite(what: str, tensor: Tensor) -> None:
     part = local(tensor)
     if not part.is_meta and part.is_floating_point() and not bool(torch.isfinite(part).all()):
-        raise ValueError(f"state: {what} is not finite")
+        raise ValueError(f"state_dict: {what} is not finite")
 
 
 def _blend(average: Tensor, present: Tensor, weight: float) -> None:
@@ -219,7 +219,7 @@ def _decoded(name: str, state: object) -> Tensor:
         shape = [int(n) for n in state["shape"]]
         return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"state: buffer {name} is damaged ({error or type(error).__name__})") from None
+        raise ValueError(f"state_dict: buffer {name} is damaged ({error or type(error).__name__})") from None
 
 
 def _decoded_text(text: str) -> dict[str, Tensor]:
@@ -230,5 +230,5 @@ def _decoded_text(text: str) -> dict[str, Tensor]:
         file = io.BytesIO(base64.b64decode(text, validate=True))
         tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds
-        raise ValueError(f"state: buffers are damaged ({type(error).__name__})") from None
+        raise ValueError(f"state_dict: buffers are damaged ({type(error).__name__})") from None
     return tensors

@@ -101,8 +101,8 @@ class CatapultMonitor(StepHook):
         update = next_update(optimizer, scale=observer.measures_next)
         start = self._memory.start(observer.params) if observer.measures_next else None
         recorder = self._recorder
-        seen = observer.observe(start, update, read=recorder.read, begin=recorder.begin, need_loss=False)
         self._schedule.clock.start()
+        seen = observer.observe(start, update, read=recorder.read, begin=recorder.begin, need_loss=False)
         if seen.vector is not None:
             self._memory.remember(observer.params, seen.vector)
         recorder.record(seen, update.rate, details={"phase": "watch", **self._schedule.account(seen)})

@@ -157,13 +157,15 @@ class CatapultLR(StepHook):
         params = self._observer.params
         names = self._observer.parameter_names(params)
         saved = state_dict.get("parameters")
+        order = saved if isinstance(saved, list) and any(name in saved for name in names) else names
         entries: list[dict[str, Any]] = [{} for _ in params]
         for name, key in _LISTS.items():
             tensors = state_dict.get(name) or []
-            known = isinstance(saved, list) and any(x in saved for x in names)
-            at = dict(zip(saved if known and isinstance(saved, list) else names, tensors, strict=False))
-            if not known and tensors and len(tensors) != len(params):
-                raise ValueError(f"state: {name} has {len(tensors)} tensors for {len(params)} trainable parameters")
+            at = dict(zip(order, tensors, strict=False))
+            if tensors and len(tensors) != len(order):
+                raise ValueError(
+                    f"state_dict: {name} has {len(tensors)} tensors for {len(order)} parameters: is it another model's?"
+                )
             for entry, own in zip(entries, names, strict=True):
                 entry |= {key: at[own]} if own in at else {}
         checked = [check_entries(e, p, name) for e, p, name in zip(entries, params, names, strict=True)]

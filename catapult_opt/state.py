@@ -67,13 +67,13 @@ def take_over(kind: type[State], state: object, where: str) -> State:
         Count(steps=3)
     """
     if not isinstance(state, dict):
-        raise ValueError(f"state: {where} must be a mapping of fields, got {_short(state)}")
+        raise ValueError(f"state_dict: {where} must be a mapping of fields, got {_short(state)}")
     known = {f.name: f for f in fields(kind)}
     values = {}
     for name in known.keys() & state.keys():
         problem = _problem(state[name], str(known[name].type), known[name].metadata)
         if problem:
-            raise ValueError(f"state: {where}.{name} must be {problem}, got {_short(state[name])}")
+            raise ValueError(f"state_dict: {where}.{name} must be {problem}, got {_short(state[name])}")
         values[name] = float(state[name]) if known[name].type == "float" else state[name]
     return kind(**values)
 
@@ -85,14 +85,14 @@ def parse(text: object) -> dict[str, Any]:
         ValueError: it is none.
     """
     if not isinstance(text, str):
-        raise ValueError(f"state: must be a string that state_dict() gave, got {_short(text)}")
+        raise ValueError(f"state_dict: must be a string that state_dict() gave, got {_short(text)}")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"state: is damaged ({why}): {_short(text)}") from None
+        raise ValueError(f"state_dict: is damaged ({why}): {_short(text)}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"state: must be a JSON object, got {_short(text)}")
+        raise ValueError(f"state_dict: must be a JSON object, got {_short(text)}")
     return found
 
 

@@ -331,7 +331,7 @@ def test_policy_change_reaches_the_optimizer() -> None:
     setup = Setup(problem.build(), criterion(TASK), TASK.steps, policy=dict([policy_change("kappa=3")]))
     optimizer = CONTENDERS["catapult-T"].build(setup).optimizer
     assert isinstance(optimizer, CatapultSGD)
-    assert optimizer._machine is not None and optimizer._machine.policy == CatapultPolicy(kappa=3, total_steps=12)
+    assert optimizer._controller is not None and optimizer._controller.policy == CatapultPolicy(kappa=3, total_steps=12)
     with pytest.raises(TypeError, match="kapa"):
         policy_change("kapa=3")
 

@@ -552,7 +552,7 @@ def test_compiled_by_inductor(passed: str, dynamo: Any) -> None:
         pytest.skip(f"inductor does not work here: {type(error).__name__}")
     if passed == "compiled":
         run.optimizer.zero_grad()
-        run.monitor._session.capture.clear()
+        run.monitor._observer._capture.clear()
         del loss
         run.check(2)
     else:

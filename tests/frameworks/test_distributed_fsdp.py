@@ -83,7 +83,7 @@ def train(kind: str, rank: int, ranks: int, model: nn.Module, **settings: Any) -
     return {
         "eta_crit": found,
         "rates": rates,
-        "engine": watch.last is not None and watch._session.engine,
+        "engine": watch.last is not None and watch.engine,
         "weights": full(model.parameters()),
         "placements": [str(getattr(optimizer.state[p].get("catapult_vector"), "placements", "")) for p in last],
     }

@@ -22,13 +22,13 @@ from torch.utils._pytree import tree_leaves
 from catapult_opt import (
     CatapultLR,
     CatapultMonitor,
-    CatapultPolicy,
     CatapultSGD,
     CriticalLR,
     capture,
     grad_scaler,
-    monitor,
+    observer,
     read_log,
+    recorder,
 )
 
 READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default}
@@ -57,9 +57,9 @@ class World:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.measured, self.reads, self.values = 0, [], 0
-        patch.setattr(monitor, "measure", self.measure)
-        patch.setattr(monitor, "choose_engine", lambda *_, **__: ("finite-difference", "made up"))
-        patch.setattr(monitor, "read_numbers", self.read)
+        patch.setattr(observer, "measure", self.measure)
+        patch.setattr(observer, "choose_engine", lambda *_, **__: ("finite-difference", "made up"))
+        patch.setattr(recorder, "read_numbers", self.read)
         patch.setattr(grad_scaler, "read_numbers", lambda tensors: [1.0] * len(tensors))  # no loss is scaled
 
     def measure(self, model: nn.Module, criterion: Any, params: list[Tensor], calls: Any, **_: Any) -> Any:
@@ -100,14 +100,14 @@ class Loop:
         measured = []
         for _ in range(steps):
             before = world.measured
-            with HotPath() if not upcoming(self.watch).capture.armed else unguarded():
+            with HotPath() if not measures_next(self.watch) else unguarded():
                 self.step()
             measured.append(world.measured > before)
         return measured
 
 
-def upcoming(watch: Any) -> monitor.Session:
-    return watch._session
+def measures_next(watch: Any) -> bool:
+    return bool(watch._observer.measures_next)
 
 
 @contextmanager
@@ -123,18 +123,16 @@ def sgd(**settings: Any) -> Callable[..., Any]:
     return make
 
 
-def watched(kind: Callable[..., torch.optim.Optimizer], every: int = 5, **settings: Any) -> Callable[..., Any]:
+def watched(kind: Callable[..., torch.optim.Optimizer], every: int = 5, log: Any = None, **settings: Any) -> Any:
     def make(model: nn.Module, criterion: nn.Module) -> Any:
         optimizer = kind(model.parameters(), **settings)
-        return optimizer, CatapultMonitor(optimizer, model=model, criterion=criterion, every=every)
+        return optimizer, CatapultMonitor(optimizer, model=model, criterion=criterion, every=every, log=log)
 
     return make
 
 
-SETTLED = CatapultPolicy(total_steps=100, settle=0.01, measure_settled=7)
 MAKERS = {
     "CatapultSGD": sgd(),
-    "CatapultSGD, settled": sgd(policy=SETTLED),
     "CatapultSGD, momentum": sgd(momentum=0.9, weight_decay=1e-3, foreach=True),
     "SGD watched": watched(torch.optim.SGD, lr=0.1, momentum=0.9),
     "Adam watched": watched(torch.optim.Adam, lr=1e-3),
@@ -171,13 +169,13 @@ def test_a_warm_start_from_another_device(monkeypatch: pytest.MonkeyPatch) -> No
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     controller = CatapultLR(optimizer, model=model, criterion=nn.MSELoss(), every=1)
     starts: list[list[Tensor]] = []
-    measure = monitor.measure
+    measure = observer.measure
 
     def noted(*args: Any, start: Any = None, **more: Any) -> Any:
         starts.append(start)
         return measure(*args, start=start, **more)
 
-    monkeypatch.setattr(monitor, "measure", noted)
+    monkeypatch.setattr(observer, "measure", noted)
     for dtype in (torch.float32, torch.float64):  # where there is no second device: another dtype goes the same way
         model.to(dtype)
         controller.criterion(model(x.to(dtype)), torch.zeros(4, 2, dtype=dtype)).backward()
@@ -208,33 +206,26 @@ def test_monitor_reads_losses_at_measured_steps_only(world: World, tmp_path: Pat
 
 def test_losses_that_wait_are_logged_when_a_run_just_ends(world: World, tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
-    loop = Loop(sgd(policy=SETTLED, log=path))
+    loop = Loop(watched(torch.optim.SGD, lr=0.1, log=path))
     loop.run(12, world)
     assert sum(world.reads) < 12
     del loop
     assert read_log(path).column("step") == list(range(1, 13))
 
 
-def test_optimizer_reads_one_loss_a_step_until_it_settles(world: World) -> None:
-    """A catapult may be under way at any time until then."""
-    loop = Loop(
-        sgd(policy=CatapultPolicy(total_steps=20, settle=0.5, measure_settled=4, arm_steps=100, measure_share=1.0))
-    )
+def test_a_controller_reads_one_loss_a_step(world: World) -> None:
+    """A catapult may be under way at any time."""
+    loop = Loop(sgd())
     loop.run(20, world)
-    assert world.reads[:10] == [1] * 10
-    assert world.reads[10:] == [1, 1, 2, 4], "measured 1, 2, 4 steps on"
+    assert world.reads == [1] * 20
 
 
-def test_state_dict_and_counts_are_of_the_present_step(world: World) -> None:
-    loop = Loop(sgd(policy=SETTLED))
+def test_counts_are_of_the_present_step(world: World) -> None:
+    loop = Loop(MAKERS["SGD watched"])
     loop.run(6, world)
     assert sum(world.reads) < 6
-    state = loop.optimizer.state_dict()["param_groups"][0]["catapult_state"]
-    assert '"steps": 6' in state
+    assert loop.watch.measured_steps == world.measured
     assert sum(world.reads) == 6
-    loop.run(3, world)
-    assert loop.optimizer.catapults == 0
-    assert sum(world.reads) == 9
 
 
 def test_losses_on_the_cpu_are_read_at_once() -> None:
@@ -245,7 +236,7 @@ def test_losses_on_the_cpu_are_read_at_once() -> None:
         optimizer.zero_grad()
         criterion(model(torch.ones(2, 3)), torch.zeros(2, 1)).backward()
         optimizer.step()
-        assert not upcoming(watch)._waiting
+        assert not watch._recorder._waiting
 
 
 # ------------------------------------------------------------------------------------- would the test see a mistake?
@@ -294,10 +285,10 @@ def test_planted_in_a_hook_is_caught(bug: Any, world: World, monkeypatch: pytest
 def test_planted_read_of_every_loss_is_caught(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop(MAKERS["SGD watched"])
     loop.run(1, world)
-    monkeypatch.setattr(monitor, "read_numbers", lambda tensors: [float(t) for t in tensors])
-    right = monitor.Session.observe
+    monkeypatch.setattr(recorder, "read_numbers", lambda tensors: [float(t) for t in tensors])
+    right = observer.Observer.observe
     monkeypatch.setattr(
-        monitor.Session, "observe", lambda self, start, update, need_loss=False: right(self, start, update, True)
+        observer.Observer, "observe", lambda self, *args, **more: right(self, *args, **{**more, "need_loss": True})
     )
     with pytest.raises((AssertionError, RuntimeError)):
         loop.run(1, world)

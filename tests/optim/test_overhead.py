@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 from training import Training, net, noise
 
-from catapult_opt import monitor, read_log
+from catapult_opt import observer, read_log, schedule
 from catapult_opt.report import summarize
 
 STEP, PROBE = 1.0, 10.0
@@ -30,14 +30,15 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock, measure = Clock(), monitor.measure
+    clock, measure = Clock(), observer.measure
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         clock.now += PROBE
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(monitor, "time", clock)
-    monkeypatch.setattr(monitor, "measure", slow)
+    monkeypatch.setattr(observer, "time", clock)
+    monkeypatch.setattr(schedule, "time", clock)
+    monkeypatch.setattr(observer, "measure", slow)
     return clock
 
 

@@ -361,8 +361,8 @@ def test_printed_as_torch_prints_settings_without_the_state() -> None:
     run.advance(2)
     group = run.optimizer.param_groups[0]
     printed = [line.split(":")[0].strip() for line in repr(run.optimizer).splitlines()]
-    settings = sorted(k for k in group if k not in ("params", "catapult_state", "catapult_buffers"))
-    assert {"catapult_state", "catapult_buffers"} <= group.keys()
+    settings = sorted(k for k in group if k not in ("params", "catapult_state"))
+    assert {"catapult_state"} <= group.keys()
     assert printed == ["CatapultSGD (", "Parameter Group 0", *settings, ")"]
 
 
@@ -508,7 +508,7 @@ def test_initialisation_moves_measures_logs_and_counts_nothing(
     assert (optimizer.phase, optimizer.catapults, optimizer.super_critical_steps) == ("start", 0, 0)
     assert optimizer.last is None
     assert {name for entries in state["state"].values() for name in entries} == {
-        "catapult_vector", "catapult_snapshot", *(["momentum_buffer"] if momentum else []),
+        "catapult_vector", "catapult_average", *(["momentum_buffer"] if momentum else []),
     }  # fmt: skip
     assert optimizer.param_groups[0]["lr"] == 1.0
     if momentum == 0.0:  # torch.optim.SGD's own momentum buffer would start from the zero gradient, too

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from catapult_opt import CatapultMonitor
-from catapult_opt.bases import next_update
 from catapult_opt.curvature.critical import adam_critical_lr
+from catapult_opt.updates import next_update
 
 F64 = torch.float64
 
