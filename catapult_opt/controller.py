@@ -116,7 +116,13 @@ class Controller:
         return decision
 
     def restore(self) -> None:
-        """Put the averaged weights and buffers back into the model, for good."""
+        """Put the averaged weights and buffers back into the model, for good.
+
+        Raises:
+            RuntimeError: they are there, for the time of `averaged`.
+        """
+        if self.memory.in_place:
+            raise RuntimeError("use_averaged() inside averaged(): leave it first, which puts the weights back")
         self.memory.put(self.observer.params, self.observer.model)
 
     @contextmanager

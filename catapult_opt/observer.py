@@ -7,7 +7,6 @@ import math
 import time
 import warnings
 import weakref
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +23,8 @@ from .distributed import group_of, reshard, unwrapped
 from .link import LossCall
 from .measure import GRAM, CriticalLR, MeasurementError, MeasurementWarning, choose_engine, measure, trainable
 from .options import MeasuringOptions
+from .repetition import batch_hash
 from .state import FieldsState, field_of, take_over
-from .trees import tensors_in
 from .updates import BaseUpdate
 from .vectors import Vector
 
@@ -354,15 +353,13 @@ class Observer:
 
     def _repetition(self, calls: Sequence[LossCall]) -> tuple[bool, str]:
         """Is this batch the same as the last one measured? Then nothing has to be averaged. And its fingerprint."""
-        state = self._state
-        tensors = [t for call in calls for f in call.forwards for t in tensors_in((f.args, f.kwargs))]
-        batch = _fingerprint(tensors[0]) if tensors else ""
+        state, found = self._state, batch_hash(calls)
         if self.group.size > 1:  # the same on all: one number of all parts (a rank without data has none)
-            parts = self.group.sum(zlib.crc32(batch.encode()) if batch or not calls else math.nan)
-            batch = "" if math.isnan(parts) else f"{parts:.0f}"
-        if not batch:
+            parts = self.group.sum(math.nan if found is None and calls else (found or 0) % 2**40)
+            found = None if math.isnan(parts) else int(parts)
+        if found is None:
             return state.repeated, state.batch
-        return (batch == state.batch if state.batch else state.repeated), batch
+        return (f"{found}" == state.batch if state.batch else state.repeated), f"{found}"
 
 
 def params_of(optimizer: Optimizer) -> list[Tensor]:
@@ -391,14 +388,3 @@ def _trainable(reference: weakref.ref[Optimizer]) -> list[Tensor]:
 
 def _summed(values: list[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(values).sum()
-
-
-def _fingerprint(tensor: Tensor) -> str:
-    """The same for the same shape and values: short enough for a checkpoint, and does not keep the batch alive.
-
-    "" where the values cannot be read: a batch not known to be a repetition.
-    """
-    if tensor.is_meta or tensor.layout != torch.strided:
-        return ""
-    flat = tensor.detach().flatten().cpu().contiguous()
-    return f"{tuple(tensor.shape)} {tensor.dtype} {zlib.crc32(flat.view(torch.uint8).numpy().data):08x}"

@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
-from torch.optim.sgd import sgd
 
-from .controller import Controller
+from .controlled import ControlledOptimizer
 from .grad_scaler import LossScaler
-from .memory import check_entries
-from .observer import check_model, params_of
 from .options import MeasuringOptions
 from .policy import CatapultPolicy
-from .state import parse
-from .step_hook import Face, attend
+from .sgd_update import bring_to_rest, check_settings, refuse_sparse, sgd_step
 from .updates import next_update
 
-# The controller's state but for its tensors, as a JSON string in every group: it survives every kind of checkpoint.
-# Written when somebody asks for the optimizer's state.
-_STATE = "catapult_state"
-# Where 0.1.0 kept the buffers of its snapshot.
-_FORMER_BUFFERS = "catapult_buffers"
 
-
-class CatapultSGD(Face, Optimizer):
+class CatapultSGD(ControlledOptimizer):
     """SGD with momentum at a rate of its own: above the critical one, so that the loss catapults and features align.
 
     A drop-in for `torch.optim.SGD` that needs no learning rate: hooks on `model` and `criterion` see the batches, at
     `step()` the top eigenvalue of their curvature gives the critical rate of this very update, and the policy decides
     how far above or below it to go. The rate applied stands in `group["effective_lr"]`.
 
-    On an accelerator one number is read from it a step, the loss, while a catapult may be under way (most loops log it
-    anyway); once settled, only on measured steps.
+    On an accelerator one number is read from it a step, the loss: a catapult may be under way at any time.
 
     Args:
         params: parameters or groups, as for torch.optim.SGD; groups of different lr keep their proportion.
@@ -118,13 +103,11 @@ class CatapultSGD(Face, Optimizer):
             "foreach": foreach,
             "differentiable": differentiable,
         }
-        _check_settings(defaults)
+        check_settings(defaults)
         if model is not None and (maximize or differentiable):
             name = "maximize" if maximize else "differentiable"
             raise ValueError(f"{name}=True does not go with a model: minimise the negated loss, or pass model=None")
         super().__init__(params, defaults)
-        self._controller: Controller | None = None
-        self._observer, self._recorder = None, None
         options = MeasuringOptions(
             every=every,
             overhead=overhead,
@@ -141,170 +124,19 @@ class CatapultSGD(Face, Optimizer):
             if value is not None:
                 raise ValueError(f"{name}={value!r} needs a model: pass model=, or leave it out")
 
-    def __repr__(self) -> str:
-        """As torch's, without the controller's state, which is long and for checkpoints only."""
-        lines = super().__repr__().splitlines()
-        return "\n".join(line for line in lines if not line.lstrip().startswith(_STATE))
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; its settings are checked as those of the constructor."""
         if isinstance(param_group, dict):
-            _check_settings({**self.defaults, **param_group})
-        controller = self.__dict__.get("_controller")  # not there yet while the constructor adds the first groups
-        before = len(self.param_groups)
+            check_settings({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        if controller is None:
-            return
-        try:
-            check_model(controller.observer.model, self.param_groups[-1]["params"])
-        except ValueError:
-            del self.param_groups[before:]
-            raise
-        self._complete_groups()
-
-    def attach(
-        self, *, model: nn.Module, criterion: Any, policy: CatapultPolicy | None = None, **measuring: Any
-    ) -> None:
-        """(Re)connect to model and criterion: after a deep copy or unpickling, which keep the state but no hooks.
-
-        Args:
-            model, criterion, policy: as for the constructor.
-            measuring: every, overhead, engine, log, outputs, grad_scaler, process_group, as for the constructor.
-
-        Raises:
-            ValueError, TypeError: an argument is not usable; says which and why. Nothing was changed.
-        """
-        self._attach(model, criterion, policy, MeasuringOptions(**measuring))
-
-    def _attach(
-        self, model: nn.Module, criterion: Any, policy: CatapultPolicy | None, options: MeasuringOptions
-    ) -> None:
-        settings = {k: float(v) if isinstance(v, Tensor) else v for k, v in self.defaults.items()}
-        controller = Controller(
-            type(self).__name__,
-            self,
-            model,
-            criterion,
-            policy=policy,
-            options=options,
-            state=self.state,
-            settings=settings,
-        )
-        self._store()
-        try:
-            text = self.param_groups[0].get(_STATE)  # also of the optimizer that this one is a copy of
-            state = controller.parse(parse(text)) if text else None
-        except ValueError:
-            controller.close()
-            raise
-        self.detach()
-        self._controller, self._observer, self._recorder = controller, controller.observer, controller.recorder
-        attend(self)
-        self._complete_groups()
-        if state is not None:
-            controller.take(state)
-
-    def detach(self) -> None:
-        """Remove the hooks from model and criterion and close the log. `step()` then needs a new `attach`.
-
-        What was counted can still be read.
-        """
-        if self._controller is not None:
-            self._store()
-            self._controller.close()
-            attend(self, False)
-        self._controller = None
-
-    @property
-    def phase(self) -> str | None:
-        """What the policy does, see `policy`; None without a model."""
-        return None if self._controller is None else self._controller.phase
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Evaluate the averaged weights: they and their buffers are in the model inside, and back to the bit after it.
-
-        The average runs over calm steps only, so that it never lies in a catapult. Inside, `step()` is refused.
-
-        Raises:
-            RuntimeError: there is no model.
-
-        Example:
-            >>> model = nn.Linear(2, 1)
-            >>> optimizer = CatapultSGD(model.parameters(), model=model, criterion=nn.MSELoss())
-            >>> with optimizer.averaged():
-            ...     outputs = model(torch.eye(2))
-        """
-        with self._attached().averaged():
-            yield
-
-    def use_averaged(self) -> None:
-        """Put the averaged weights and buffers into the model for good, at the end of a training.
-
-        Raises:
-            RuntimeError: there is no model.
-        """
-        self._attached().restore()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # Absent after unpickling and deep copies (the state of an Optimizer is its groups), kept by load_state_dict.
-        for name in ("_controller", "_observer", "_recorder"):
-            self.__dict__.setdefault(name, None)
-        if self._controller is not None:  # load_state_dict makes a new mapping
-            self._controller.memory.keep_in(self.state)
         for group in self.param_groups:  # of a state dict of an older torch.optim.SGD
             group.setdefault("nesterov", False)
             group.setdefault("maximize", False)
             group.setdefault("foreach", None)
             group.setdefault("differentiable", False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: as the state dict, with the controller's state of this very step."""
-        self._store()
-        state: dict[str, Any] = super().__getstate__()
-        return state
-
-    def state_dict(self) -> dict[str, Any]:
-        """torch's own, with the controller's state of this very step."""
-        self._store()
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict: the run then goes on as it would have gone where it was taken, to the bit.
-
-        Parameters are told apart by their names in the model where the state holds them: the same ones in another order
-        within their groups are put in order.
-
-        Raises:
-            ValueError: with a model, for the state dict of another optimizer, whose lr is a rate and not a multiplier,
-                or a controller's state that is damaged; names the field. The state before stays as it was.
-        """
-        controller = self._controller
-        if controller is None:
-            super().load_state_dict(state_dict)
-            return
-        _check_own(state_dict)
-        text = state_dict["param_groups"][0].get(_STATE)
-        document = parse(text) if text else {}
-        document.setdefault("buffers", state_dict["param_groups"][0].get(_FORMER_BUFFERS) or {})
-        state = controller.parse(document) if text else None
-        state_dict = _in_order(
-            state_dict, document.get("parameters"), controller.observer.parameter_names(params_of(self))
-        )
-        state_dict = self._checked(state_dict)
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            group.pop(_FORMER_BUFFERS, None)
-        self._complete_groups()
-        if state is not None:
-            controller.take(state)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients; batches whose gradients are thrown away no longer belong to the step."""
-        super().zero_grad(set_to_none)
-        if self._controller is not None:
-            self._controller.observer.drop_finished()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update at the controller's rate.
@@ -324,7 +156,7 @@ class CatapultSGD(Face, Optimizer):
         return loss
 
     def _step(self) -> None:
-        self._refuse_sparse()
+        refuse_sparse(self.param_groups)
         controller = self._controller
         if controller is None:
             self._refuse_unattached()
@@ -334,162 +166,17 @@ class CatapultSGD(Face, Optimizer):
             self._update(0.0)
         else:
             decision = controller.step(next_update(self, scale=controller.observer.measures_next))
+            if decision.restore or decision.brake:
+                bring_to_rest(self.state.values())
             if decision.restore:
                 controller.restore()
-                self._stop(controller.observer.params)
             else:
-                self._update(decision.rate, brake=decision.brake)
+                self._update(decision.rate)
 
-    def _update(self, rate: float | None, brake: bool = False) -> None:
+    def _update(self, rate: float | None) -> None:
         """torch's own SGD update at lr * rate (None: at lr)."""
         for group in self.param_groups:
-            params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             lr = group["lr"]
             if rate is not None:
                 lr = group["effective_lr"] = float(lr) * rate
-                if brake:
-                    self._stop(params)
-            self._move(group, params, lr)
-
-    def _move(self, group: dict[str, Any], params: list[Tensor], lr: float | Tensor) -> None:
-        momentum = group["momentum"]
-        buffers = [self.state[p].get("momentum_buffer") if momentum else None for p in params]
-        sgd(
-            params,
-            [p.grad for p in params],  # type: ignore[misc]
-            buffers,
-            weight_decay=group["weight_decay"],
-            momentum=momentum,
-            lr=lr,  # type: ignore[arg-type]
-            dampening=group["dampening"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            has_sparse_grad=False,
-            foreach=group["foreach"],
-        )
-        if momentum:
-            for p, buffer in zip(params, buffers, strict=True):
-                self.state[p]["momentum_buffer"] = buffer
-
-    def _stop(self, params: list[Tensor]) -> None:
-        """Momentum to zero."""
-        for p in params:
-            if self.state[p].get("momentum_buffer") is not None:
-                self.state[p]["momentum_buffer"].zero_()
-
-    def _attached(self) -> Controller:
-        if self._controller is None:
-            raise RuntimeError(
-                "this CatapultSGD has no model, and so no average of its weights: pass model=, or attach"
-            )
-        return self._controller
-
-    def _complete_groups(self) -> None:
-        """What a controlled optimizer's groups hold beside torch's."""
-        for group in self.param_groups:
-            group.setdefault("effective_lr", 0.0)
-            group.setdefault(_STATE, "")
-
-    def _store(self) -> None:
-        """The controller's state into the groups; what a copy without a model has there stays."""
-        if self._controller is None:
-            return
-        text = json.dumps(self._controller.state_dict(params_of(self)))
-        for group in self.param_groups:
-            group[_STATE] = text
-
-    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The state dict with each parameter's entries under their present names; a ValueError if one does not fit."""
-        assert self._controller is not None
-        names = self._controller.observer.parameter_names(params_of(self))
-        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
-        entries = dict(state_dict.get("state", {}))
-        for key, p, name in zip(saved, params_of(self), names, strict=False):
-            if key in entries:
-                entries[key] = check_entries(entries[key], p, name)
-        return {**state_dict, "state": entries}
-
-    def _refuse_sparse(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p.grad.is_sparse:
-                    raise RuntimeError(
-                        f"CatapultSGD does not support sparse gradients (parameter of shape {tuple(p.shape)}): "
-                        "use sparse=False in the embedding"
-                    )
-
-    def _refuse_unattached(self) -> None:
-        if any(_STATE in group for group in self.param_groups):
-            raise RuntimeError(
-                "this CatapultSGD was copied, unpickled or detached and has no model to measure: call "
-                "optimizer.attach(model=..., criterion=...) first"
-            )
-
-
-def _in_order(state_dict: dict[str, Any], saved: Any, names: list[str]) -> dict[str, Any]:
-    """The state dict with the parameters of each group in the order of the present ones, by their names.
-
-    torch goes by the position alone. Where names are not known, or none is to be found again (the model stands inside
-    another one now), the position is all there is.
-
-    Raises:
-        ValueError: some of the parameters are at other places, and it is not a mere change of order within a group.
-    """
-    groups = state_dict["param_groups"]
-    keys = [key for group in groups for key in group["params"]]
-    # torch.distributed.checkpoint puts parameters in order itself, and names them by strings.
-    if saved == names or not isinstance(saved, list) or len(saved) != len(keys) or len(names) != len(keys):
-        return state_dict
-    if any(isinstance(key, str) for key in keys) or not any(name in names for name in saved):
-        return state_dict
-    ordered, first = [], 0
-    for group in groups:
-        places = range(first, first + len(group["params"]))
-        first = places.stop
-        at = {saved[i]: keys[i] for i in places}
-        missing = [names[i] for i in places if names[i] not in at]
-        if missing:
-            raise ValueError(
-                f"state_dict: its parameters are in other places than this optimizer's, and {missing[0]!r} is not in "
-                "the same group: make the groups as they were when the state was saved"
-            )
-        ordered.append({**group, "params": [at[names[i]] for i in places]})
-    return {**state_dict, "param_groups": ordered}
-
-
-def _check_own(state_dict: dict[str, Any]) -> None:
-    """A ValueError for the state dict of an optimizer without a controller."""
-    groups = state_dict.get("param_groups")
-    if groups is None:
-        raise ValueError(
-            f"state_dict has no param_groups but {list(state_dict)}: pass what optimizer.state_dict() gave"
-        )
-    if groups and not any(_STATE in group for group in groups):
-        raise ValueError(
-            f"state_dict: not of a CatapultSGD with a model; its lr={groups[0].get('lr')!r} is a rate, and here lr "
-            "only multiplies the rate that is measured. Load the model's weights alone, and leave the optimizer new"
-        )
-
-
-def _check_settings(settings: dict[str, Any]) -> None:
-    """Refuse settings that torch.optim.SGD could not use, by name and value."""
-    lr = settings["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, got lr={lr!r}")
-    for name in ("lr", "momentum", "dampening", "weight_decay"):
-        value = settings[name]
-        if not isinstance(value, (int, float, Tensor)) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        number = float(value.detach() if isinstance(value, Tensor) else value)
-        if not math.isfinite(number) or (number < 0 and name != "dampening"):
-            raise ValueError(f"{name} must be a finite number{'' if name == 'dampening' else ' >= 0'}, got {value!r}")
-    for name in ("nesterov", "maximize", "differentiable"):
-        if not isinstance(settings[name], bool):
-            raise TypeError(f"{name} must be True or False, got {settings[name]!r}")
-    if settings["foreach"] not in (None, True, False):
-        raise TypeError(f"foreach must be True, False or None, got {settings['foreach']!r}")
-    if settings["nesterov"] and (settings["momentum"] <= 0 or settings["dampening"] != 0):
-        raise ValueError(
-            f"nesterov needs momentum > 0 and dampening = 0, got momentum={settings['momentum']!r}, "
-            f"dampening={settings['dampening']!r}"
-        )
+            sgd_step(group, self.state, lr)

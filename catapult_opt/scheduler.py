@@ -18,12 +18,11 @@ from .memory import AVERAGE, VECTOR, check_entries
 from .optimizer import CatapultSGD
 from .options import MeasuringOptions
 from .policy import CatapultPolicy, Decision
+from .sgd_update import bring_to_rest
 from .step_hook import StepHook, plain_settings
 from .updates import check_supported, next_update
 
 _BASE = "catapult_base_lr"  # what a group's lr is relative to
-# Running sums of gradients, brought to rest when a spike is cooled or undone.
-_VELOCITIES = ("momentum_buffer", "exp_avg")
 # Where a state of 0.1.0 has them: tensors of the trainable parameters, in their order.
 _LISTS = {"vector": VECTOR, "average": AVERAGE, "snapshot": AVERAGE}
 
@@ -192,7 +191,7 @@ class CatapultLR(StepHook):
     def _apply(self, optimizer: Optimizer, decision: Decision, unit: float) -> None:
         """The step's rates in place of lr, or the weights back."""
         if decision.brake or decision.restore:
-            _stop(optimizer)
+            bring_to_rest(optimizer.state.values())
         if decision.restore:
             self._restore(optimizer)
             return
@@ -227,13 +226,6 @@ def _complete_groups(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         group.setdefault(_BASE, _base(group))
         group.setdefault("effective_lr", 0.0)
-
-
-def _stop(optimizer: Optimizer) -> None:
-    for state in optimizer.state.values():
-        for name in _VELOCITIES:
-            if isinstance(state.get(name), Tensor):
-                state[name].zero_()
 
 
 def _check_unfused(optimizer: Optimizer) -> None:
