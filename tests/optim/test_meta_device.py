@@ -8,7 +8,7 @@ accelerator: it has no values, so the measurement itself is replaced by a made-u
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD, Adam
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from training import Training, noise
 
 from catapult_opt import (
-    CatapultLR,
-    CatapultMonitor,
     CatapultPolicy,
-    CatapultSGD,
     CriticalLR,
     capture,
     monitor,
@@ -81,19 +80,20 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     gc.collect()  # sessions read the losses that wait when they go: while there are made-up ones
 
 
-class Loop:
-    def __init__(self, make: Callable[[nn.Module, nn.Module], tuple[torch.optim.Optimizer, Any]], accumulate: int = 1):
-        self.model, self.criterion = model_on_meta(), nn.CrossEntropyLoss()
-        self.optimizer, self.watch = make(self.model, self.criterion)
+class Loop(Training):
+    def __init__(self, face: str = "CatapultSGD", accumulate: int = 1, device: str = "meta", **settings: Any) -> None:
         self.accumulate = accumulate
+        batch = torch.empty(4, 1, 8, 8, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
+        model = model_on_meta().to_empty(device=device)
+        super().__init__(face, model, batch, criterion=nn.CrossEntropyLoss(), **settings)
 
-    def step(self) -> None:
+    def step(self, *_: Any) -> float:  # type: ignore[override]
+        """Its loss is not read."""
         self.optimizer.zero_grad()
         for _ in range(self.accumulate):
-            x = torch.empty(4, 1, 8, 8, device="meta")
-            loss = self.criterion(self.model(x), torch.empty(4, dtype=torch.long, device="meta"))
-            (loss / self.accumulate).backward()
+            (self.loss() / self.accumulate).backward()
         self.optimizer.step()
+        return float("nan")
 
     def run(self, steps: int, world: World) -> list[bool]:
         """Which steps were measured; those that were not ran under the guard."""
@@ -115,49 +115,31 @@ def unguarded() -> Iterator[None]:
     yield
 
 
-def sgd(**settings: Any) -> Callable[..., Any]:
-    def make(model: nn.Module, criterion: nn.Module) -> Any:
-        optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, **settings)
-        return optimizer, optimizer
-
-    return make
-
-
-def watched(kind: Callable[..., torch.optim.Optimizer], every: int = 5, **settings: Any) -> Callable[..., Any]:
-    def make(model: nn.Module, criterion: nn.Module) -> Any:
-        optimizer = kind(model.parameters(), **settings)
-        return optimizer, CatapultMonitor(optimizer, model=model, criterion=criterion, every=every)
-
-    return make
-
-
 SETTLED = CatapultPolicy(total_steps=100, settle=0.01, measure_settled=7)
-MAKERS = {
-    "CatapultSGD": sgd(),
-    "CatapultSGD, settled": sgd(policy=SETTLED),
-    "CatapultSGD, momentum": sgd(momentum=0.9, weight_decay=1e-3, foreach=True),
-    "SGD watched": watched(torch.optim.SGD, lr=0.1, momentum=0.9),
-    "Adam watched": watched(torch.optim.Adam, lr=1e-3),
-}
+LOOPS: dict[str, dict[str, Any]] = {
+    "CatapultSGD": {},
+    "CatapultSGD, settled": {"policy": SETTLED},
+    "CatapultSGD, momentum": {"momentum": 0.9, "weight_decay": 1e-3, "foreach": True},
+    "SGD watched": {
+        "face": "CatapultMonitor", "base": lambda params: SGD(params, lr=0.1, momentum=0.9), "every": 5,
+    },
+    "Adam watched": {"face": "CatapultMonitor", "base": lambda params: Adam(params, lr=1e-3), "every": 5},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("name", list(MAKERS))
+@pytest.mark.parametrize("name", list(LOOPS))
 def test_hot_path_stays_on_the_device(name: str, accumulate: int, world: World) -> None:
     steps = 60 // accumulate  # as many forwards
-    measured = Loop(MAKERS[name], accumulate).run(steps, world)
+    measured = Loop(accumulate=accumulate, **LOOPS[name]).run(steps, world)
     assert measured[0]
     assert 2 <= sum(measured) <= steps // 4, "most steps are not measured"
 
 
-@pytest.mark.parametrize("name", list(MAKERS))
+@pytest.mark.parametrize("name", list(LOOPS))
 def test_a_model_moved_to_where_its_parameters_become_new_ones(name: str, world: World) -> None:
     """Between the CPU and meta torch makes new parameters, which no optimizer knows: refused, and says what to do."""
-
-    def on_cpu(model: nn.Module, criterion: nn.Module) -> Any:
-        return MAKERS[name](model.to_empty(device="cpu"), criterion)
-
-    loop = Loop(on_cpu)
+    loop = Loop(device="cpu", **LOOPS[name])
     loop.model.to("meta")
     with pytest.raises(
         RuntimeError, match=r"params: parameter 0 .* is not a parameter of model.*make the optimizer anew"
@@ -167,9 +149,7 @@ def test_a_model_moved_to_where_its_parameters_become_new_ones(name: str, world:
 
 def test_a_warm_start_from_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint read with map_location="cpu" for a model that is elsewhere: the vector follows the parameters."""
-    model, x = nn.Linear(3, 2), torch.randn(4, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    controller = CatapultLR(optimizer, model=model, criterion=nn.MSELoss(), every=1)
+    training = Training("CatapultLR", nn.Linear(3, 2), noise(4, 3, 2), base=lambda params: SGD(params, lr=0.1), every=1)
     starts: list[list[Tensor]] = []
     measure = monitor.measure
 
@@ -179,20 +159,16 @@ def test_a_warm_start_from_another_device(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(monitor, "measure", noted)
     for dtype in (torch.float32, torch.float64):  # where there is no second device: another dtype goes the same way
-        model.to(dtype)
-        controller.criterion(model(x.to(dtype)), torch.zeros(4, 2, dtype=dtype)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        training.model.to(dtype)
+        training.step(*(t.to(dtype) for t in training.batch))
     assert starts[1][0].dtype == torch.float32
-    assert controller.last.lambda_max > 0
+    assert training.watch.last.lambda_max > 0
 
 
 def test_monitor_reads_losses_at_measured_steps_only(world: World, tmp_path: Path) -> None:
     """All that waited in one transfer; the log has every step, in order, each with its own loss."""
     path = tmp_path / "run.jsonl"
-    loop = Loop(watched(torch.optim.SGD, lr=0.1))
-    loop.watch.detach()
-    loop.watch = CatapultMonitor(loop.optimizer, model=loop.model, criterion=loop.criterion, every=5, log=path)
+    loop = Loop("CatapultMonitor", every=5, log=path)
     loop.run(13, world)
     assert world.reads == [1, 5, 5]
     loop.watch.log_metrics(val_loss=0.1)
@@ -208,7 +184,7 @@ def test_monitor_reads_losses_at_measured_steps_only(world: World, tmp_path: Pat
 
 def test_losses_that_wait_are_logged_when_a_run_just_ends(world: World, tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
-    loop = Loop(sgd(policy=SETTLED, log=path))
+    loop = Loop(policy=SETTLED, log=path)
     loop.run(12, world)
     assert sum(world.reads) < 12
     del loop
@@ -217,16 +193,15 @@ def test_losses_that_wait_are_logged_when_a_run_just_ends(world: World, tmp_path
 
 def test_optimizer_reads_one_loss_a_step_until_it_settles(world: World) -> None:
     """A catapult may be under way at any time until then."""
-    loop = Loop(
-        sgd(policy=CatapultPolicy(total_steps=20, settle=0.5, measure_settled=4, arm_steps=100, measure_share=1.0))
-    )
+    policy = CatapultPolicy(total_steps=20, settle=0.5, measure_settled=4, arm_steps=100, measure_share=1.0)
+    loop = Loop(policy=policy)
     loop.run(20, world)
     assert world.reads[:10] == [1] * 10
     assert world.reads[10:] == [1, 1, 2, 4], "measured 1, 2, 4 steps on"
 
 
 def test_state_dict_and_counts_are_of_the_present_step(world: World) -> None:
-    loop = Loop(sgd(policy=SETTLED))
+    loop = Loop(policy=SETTLED)
     loop.run(6, world)
     assert sum(world.reads) < 6
     state = loop.optimizer.state_dict()["param_groups"][0]["catapult_state"]
@@ -238,14 +213,10 @@ def test_state_dict_and_counts_are_of_the_present_step(world: World) -> None:
 
 
 def test_losses_on_the_cpu_are_read_at_once() -> None:
-    model, criterion = nn.Linear(3, 1), nn.MSELoss()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    watch = CatapultMonitor(optimizer, model=model, criterion=criterion, every=4)
+    training = Training("CatapultMonitor", every=4)
     for _ in range(3):
-        optimizer.zero_grad()
-        criterion(model(torch.ones(2, 3)), torch.zeros(2, 1)).backward()
-        optimizer.step()
-        assert not upcoming(watch)._waiting
+        training.step()
+        assert not upcoming(training.watch)._waiting
 
 
 # ------------------------------------------------------------------------------------- would the test see a mistake?
@@ -278,7 +249,7 @@ def copy_to_the_host(self: Any, module: nn.Module, args: Any, kwargs: Any, outpu
     ids=lambda f: f.__name__,
 )
 def test_planted_in_a_hook_is_caught(bug: Any, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = Loop(MAKERS["CatapultSGD"])
+    loop = Loop(**LOOPS["CatapultSGD"])
     loop.run(2, world)
     right = capture.Capture._after_forward
 
@@ -292,7 +263,7 @@ def test_planted_in_a_hook_is_caught(bug: Any, world: World, monkeypatch: pytest
 
 
 def test_planted_read_of_every_loss_is_caught(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = Loop(MAKERS["SGD watched"])
+    loop = Loop(**LOOPS["SGD watched"])
     loop.run(1, world)
     monkeypatch.setattr(monitor, "read_numbers", lambda tensors: [float(t) for t in tensors])
     right = monitor.Session.observe
@@ -305,7 +276,7 @@ def test_planted_read_of_every_loss_is_caught(world: World, monkeypatch: pytest.
 
 def test_planted_state_on_the_host_is_caught(world: World) -> None:
     """A momentum buffer that came back from a checkpoint on the wrong device."""
-    loop = Loop(MAKERS["CatapultSGD, momentum"])
+    loop = Loop(**LOOPS["CatapultSGD, momentum"])
     loop.run(2, world)
     for state in loop.optimizer.state.values():
         state["momentum_buffer"] = torch.zeros(state["momentum_buffer"].shape)
