@@ -148,7 +148,7 @@ def test_longest_paths_by_matrix_powers():
 
 @pytest.mark.parametrize("artefact", ARTEFACTS, ids=lambda a: a.name)
 def test_a_small_run_is_recorded_judged_and_drawn(artefact, tmp_path):
-    setting = {**artefact.scales["quick"], "seeds": 1, "max_steps": 200, "draws": 10, "vertices": 30}
+    setting = {**artefact.scales["quick"], "seeds": 1, "max_steps": 50, "draws": 5, "vertices": 20}
     if "sizes" in setting:
         setting["sizes"] = [8, 16, 32]
     results = Results(tmp_path / "results.jsonl", artefact, setting)

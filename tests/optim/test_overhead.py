@@ -53,7 +53,7 @@ def train(clock: Clock, steps: int, face: str, **settings: Any) -> Any:
 @pytest.mark.parametrize("face", ["CatapultSGD", "CatapultMonitor"])
 @pytest.mark.parametrize("overhead", [0.05, 0.2])
 def test_spends_its_share_and_no_more(clock: Clock, tmp_path: Path, face: str, overhead: float) -> None:
-    train(clock, 2000, face, overhead=overhead, every=1, log=tmp_path / "run.jsonl")
+    train(clock, 800, face, overhead=overhead, every=1, log=tmp_path / "run.jsonl")
     log = read_log(tmp_path / "run.jsonl")
     spent, when = 0.0, 0.0
     for record in log.measured[:-1]:
