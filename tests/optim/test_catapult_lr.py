@@ -14,11 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
-from training import Base, Training, net, noise
+from training import QUICK, Base, Training, net, noise
 
 from catapult_opt import CatapultLR, CatapultPolicy, read_log
-
-POLICY = CatapultPolicy(arm_steps=5, hot_steps=3, patience=12)
 
 
 def train(base: Base | None, face: str = "CatapultLR", **settings: Any) -> Training:
@@ -37,8 +35,8 @@ def adam(lr: float) -> Base:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_on_sgd_it_is_catapult_sgd_to_the_bit(momentum: float) -> None:
-    one = train(sgd(0.3, momentum=momentum), policy=POLICY)
-    other = train(None, "CatapultSGD", momentum=momentum, policy=POLICY)
+    one = train(sgd(0.3, momentum=momentum), policy=QUICK)
+    other = train(None, "CatapultSGD", momentum=momentum, policy=QUICK)
     for _ in range(120):
         assert one.step() == other.step()
         assert torch.equal(one.weights(), other.weights())
@@ -106,7 +104,7 @@ def test_adam_on_a_model_that_returns_its_loss() -> None:
 )
 def test_trains_and_gives_lr_back(kind: type[torch.optim.Optimizer], tmp_path: Path) -> None:
     log = tmp_path / "run.jsonl"
-    training = train(lambda params: kind(params, lr=0.01), policy=POLICY, log=log)  # type: ignore[call-arg]
+    training = train(lambda params: kind(params, lr=0.01), policy=QUICK, log=log)  # type: ignore[call-arg]
     losses = training.steps(80)
     training.watch.detach()
     assert min(losses) < losses[0]
@@ -155,7 +153,7 @@ def test_a_nan_loss_is_undone_and_leaves_the_averages_of_adam() -> None:
 
 @pytest.mark.parametrize("cut", [1, 7, 23, 40])
 def test_resume_is_the_run_it_would_have_been(cut: int) -> None:
-    whole, resumed = (train(adam(0.01), policy=POLICY) for _ in range(2))
+    whole, resumed = (train(adam(0.01), policy=QUICK) for _ in range(2))
     whole.steps(cut)
     resumed.load(copy.deepcopy(whole.checkpoint()))
     assert resumed.steps(60 - cut) == whole.steps(60 - cut)
@@ -164,7 +162,7 @@ def test_resume_is_the_run_it_would_have_been(cut: int) -> None:
 
 
 def test_closures() -> None:
-    one, other = (train(sgd(0.1), policy=POLICY) for _ in range(2))
+    one, other = (train(sgd(0.1), policy=QUICK) for _ in range(2))
     assert one.steps(30) == other.steps(30, closure=True)
     assert torch.equal(one.weights(), other.weights())
 

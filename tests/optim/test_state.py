@@ -28,14 +28,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.optim.swa_utils import AveragedModel
-from training import Training, net, product
+from training import QUICK, Training, net, product
 
-from catapult_opt import CatapultPolicy, CatapultSGD, critical_lr, read_log
+from catapult_opt import CatapultSGD, critical_lr, read_log
 
 STEPS = 44
-# Short phases, so that few steps pass through all of them; the second one also restores snapshots.
-POLICY = CatapultPolicy(total_steps=STEPS, arm_steps=5, hot_steps=3, patience=12, settle=0.8)
-UNDOING = CatapultPolicy(total_steps=STEPS, arm_steps=5, hot_steps=3, patience=12, settle=0.8, fatal=3.0)
+# The second one also takes weights back.
+POLICY = replace(QUICK, total_steps=STEPS, settle=0.8)
+UNDOING = replace(POLICY, fatal=3.0)
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "full-batch": {"policy": POLICY},
@@ -193,14 +193,11 @@ def assert_resumes(name: str, after: int, way: Callable[[Run], Run], steps: int 
 def test_the_runs_pass_through_every_phase(name: str) -> None:
     """Of the tests below: they prove little otherwise."""
     phases = {step[2] for step in uninterrupted(name)}
-    assert phases >= {"arm", "hot", "settle"}
-    if name == "full-batch":
-        assert "cool" in phases
+    assert len(phases) >= 3
+    assert uninterrupted(name)[-1][3][1] > 0, "super-critical steps"
     if name == "restoring":
         weights = [step[4] for step in uninterrupted(name)]
-        assert any(later == earlier for i, later in enumerate(weights) for earlier in weights[:i]), (
-            "a snapshot came back"
-        )
+        assert any(later == earlier for i, later in enumerate(weights) for earlier in weights[:i]), "weights came back"
 
 
 @every_configuration
