@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-
-from catapult_opt import CatapultLR, CatapultSGD
+from training import connect
 
 SAMPLES, BATCH = 48, 8  # six batches an epoch
 
@@ -75,10 +74,8 @@ def optimizer_for(kind: str, model: nn.Module, net: nn.Module, criterion: Any, f
         groups = [{"params": net[0].parameters()}, {"params": net[2].parameters(), "lr": 0.5}]  # type: ignore[index]
     connection = {"model": model, "criterion": criterion, "every": 1, **more}
     if kind == "CatapultSGD":
-        optimizer: Any = CatapultSGD(groups, momentum=0.5, **connection)
-        return optimizer, optimizer
-    optimizer = torch.optim.AdamW(groups, lr=1.0)
-    return optimizer, CatapultLR(optimizer, **connection)
+        return connect(kind, groups, momentum=0.5, **connection)
+    return connect(kind, groups, lambda params: torch.optim.AdamW(params, lr=1.0), **connection)
 
 
 def schedule_for(optimizer: Any) -> Any:

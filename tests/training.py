@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from catapult_opt import CatapultLR, CatapultMonitor, CatapultSGD
+from catapult_opt import CatapultLR, CatapultMonitor, CatapultPolicy, CatapultSGD
 
 FACES = ("CatapultSGD", "CatapultLR", "CatapultMonitor")
 DRIVING = FACES[:2]  # those that set the rate
 Batch = tuple[Any, Any]
 Base = Callable[[Any], Optimizer]
 
+# Whatever the policy does it does soon: some tens of steps pass through all of it.
+QUICK = CatapultPolicy(arm_steps=5, hot_steps=3, patience=12)
 BASES: dict[str, Base] = {
     "CatapultLR": lambda params: Adam(params, lr=0.01),
     "CatapultMonitor": lambda params: SGD(params, lr=0.01, momentum=0.5),

@@ -126,8 +126,10 @@ def test_a_graph_held_by_the_caller_stays_usable():
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)).eval()
     x = torch.randn(5, 6)
     loss = model(x).sum()
+    expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
     agop(model, x)
     loss.backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), expected, strict=True))
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

@@ -146,11 +146,14 @@ def test_longest_paths_by_matrix_powers():
     assert linearity._longest_paths(dag) == [2, 1, 3, 0, 0]
 
 
+TINY = {
+    "seeds": 1, "sizes": [8, 12, 16], "d": 16, "max_steps": 50, "draws": 5, "vertices": 20, "points": 3, "neurons": 2,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("artefact", ARTEFACTS, ids=lambda a: a.name)
 def test_a_small_run_is_recorded_judged_and_drawn(artefact, tmp_path):
-    setting = {**artefact.scales["quick"], "seeds": 1, "max_steps": 200, "draws": 10, "vertices": 30}
-    if "sizes" in setting:
-        setting["sizes"] = [8, 16, 32]
+    setting = {name: TINY.get(name, value) for name, value in artefact.scales["quick"].items()}
     results = Results(tmp_path / "results.jsonl", artefact, setting)
     cases = artefact.cases(setting)
     for case in cases:
@@ -161,7 +164,7 @@ def test_a_small_run_is_recorded_judged_and_drawn(artefact, tmp_path):
     assert {k: v for k, v in again.items() if v == v} == {k: v for k, v in records[-1]["result"].items() if v == v}
     verdict = artefact.judge(setting, records)
     assert verdict.measured and "nan" not in verdict.measured
-    figure = pytest.importorskip("matplotlib.figure").Figure(figsize=(9, 4.5), layout="constrained")
+    figure = pytest.importorskip("matplotlib.figure").Figure(figsize=(9, 4.5), dpi=40)
     artefact.draw(records, figure)
     figure.savefig(tmp_path / "panel.png")
     assert figure.axes

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD
+from training import Training
 
-from catapult_opt import CatapultMonitor, MeasurementError, critical_lr, read_log
+from catapult_opt import MeasurementError, critical_lr, read_log
 from catapult_opt.analysis.networks import ntk_mlp
 from catapult_opt.capture import Capture
 from catapult_opt.curvature.engines import StepSize
@@ -46,17 +49,10 @@ def test_every_engine_matches_the_explicit_jacobian(engine: str, out: int) -> No
     assert found.lambda_max == pytest.approx(dense_lambda(model, x, 2 / y.numel()), rel=1e-5)
 
 
-def watched(
-    model: nn.Module, x: Tensor, y: Tensor, criterion: nn.Module | None = None, steps: int = 1, **settings: object
-) -> CatapultMonitor:
-    criterion = criterion or nn.MSELoss()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    monitor = CatapultMonitor(optimizer, model=model, criterion=criterion, **settings)  # type: ignore[arg-type]
-    for _ in range(steps):
-        optimizer.zero_grad()
-        criterion(model(x), y).backward()
-        optimizer.step()
-    return monitor
+def watched(model: nn.Module, *batch: Tensor, steps: int = 1, **settings: Any) -> Any:
+    training = Training("CatapultMonitor", model, batch, base=lambda params: SGD(params, lr=0.01), **settings)
+    training.steps(steps)
+    return training.watch
 
 
 @pytest.mark.parametrize("net", ["default", "ntk", "ntk with biases"])
@@ -65,7 +61,6 @@ def test_layerwise_gram_is_exact(net: str) -> None:
     x, y = batch()
     truth = dense_lambda(model, x, 2 / y.numel())
     monitor = watched(model, x, y, engine="layerwise-gram")
-    assert monitor.last is not None
     assert monitor.last.matvecs == 1
     assert monitor.last.lambda_max == pytest.approx(truth, rel=1e-10)
     assert monitor.last.ntk_lambda_max == pytest.approx(truth * y.numel() / 2, rel=1e-10)
@@ -79,8 +74,7 @@ def test_layerwise_gram_with_a_loss_of_varying_curvature() -> None:
             for o in model(x).flatten()]  # fmt: skip
     jacobian = torch.stack(rows) * (p * (1 - p) / len(x)).sqrt()[:, None]
     truth = float(torch.linalg.eigvalsh(jacobian @ jacobian.T)[-1])
-    monitor = watched(model, x, y, nn.BCEWithLogitsLoss(), engine="layerwise-gram")
-    assert monitor.last is not None
+    monitor = watched(model, x, y, criterion=nn.BCEWithLogitsLoss(), engine="layerwise-gram")
     assert monitor.last.lambda_max == pytest.approx(truth, rel=1e-8)
     assert monitor.last.ntk_lambda_max is None
 
@@ -131,7 +125,6 @@ def test_auto_falls_back_where_gram_does_not_apply(model: nn.Module, out: int) -
     truth = dense_lambda(model, x, 2 / y.numel())
     monitor = watched(model, x, y)
     assert monitor.engine == "finite-difference"
-    assert monitor.last is not None
     assert monitor.last.lambda_max == pytest.approx(truth, rel=0.05)
 
 
@@ -160,7 +153,6 @@ def test_a_model_that_does_not_repeat_itself_gets_an_exact_engine() -> None:
     truth = dense_lambda(model, x, 2 / y.numel())
     monitor = watched(model, x, y)
     assert monitor.engine == "double-backward"
-    assert monitor.last is not None
     assert monitor.last.lambda_max == pytest.approx(truth, rel=0.02)
 
 

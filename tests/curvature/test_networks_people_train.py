@@ -496,9 +496,19 @@ WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("passed", ["compiled", "uncompiled"])
-@pytest.mark.parametrize("wrap", list(WRAPS))
-@pytest.mark.parametrize("name", ["dropout", "batchnorm, channels_last", "transformer"])
+def each_way(name: str) -> list[Any]:
+    """All ways on the smallest of the networks; on the others, which take seconds to compile, one way by default."""
+    return [
+        pytest.param(name, wrap, passed, marks=[] if usual or name == "dropout" else [pytest.mark.slow])
+        for wrap in WRAPS
+        for passed in ("compiled", "uncompiled")
+        for usual in [(wrap, passed) == ("aot_eager", "compiled")]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrap", "passed"), [w for n in ("dropout", "batchnorm, channels_last", "transformer") for w in each_way(n)]
+)
 def test_compiled(name: str, wrap: str, passed: str, dynamo: Any) -> None:
     """Passed as model= compiled or not; nothing is compiled twice; the wrapped module stays one graph."""
     build, batch = NETWORKS[name]

@@ -1,8 +1,7 @@
 """The examples run as a user runs them, and leave what they say."""
 
 import csv
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,15 +14,23 @@ PNG = b"\x89PNG"
 
 
 def run(script, *args):
-    command = [sys.executable, str(EXAMPLES / script), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    result = run_here(EXAMPLES / script, *args)
+    assert result.returncode == 0
+    return result
+
+
+def in_this_process(workers, context, start, arguments):
+    """The pool of batch_sizes.py without its processes, which each take seconds to import."""
+    return ThreadPoolExecutor(1, initializer=start, initargs=arguments)
 
 
 @pytest.fixture(scope="module")
 def batch_sizes(tmp_path_factory):
     out = tmp_path_factory.mktemp("batch_sizes")
     (out / "batch5-seed0.jsonl").write_text("left by an earlier call, to be replaced\n")
-    return out, run("batch_sizes.py", "--quick", "--out", out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("concurrent.futures.ProcessPoolExecutor", in_this_process)
+        return out, run("batch_sizes.py", "--quick", "--out", out)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +78,7 @@ def test_batch_sizes_prints_the_report_and_the_table(batch_sizes):
 
 
 def test_batch_sizes_takes_other_batch_sizes_and_seeds(tmp_path):
+    """In a process of its own, as a user runs it."""
     options = ["--batch-sizes", 100, "--seeds", 2, "--workers", 1]
     result = run_here(EXAMPLES / "batch_sizes.py", "--quick", "--out", tmp_path, *options)
     assert result.returncode == 0

@@ -11,66 +11,56 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from ranks import batch, network, run
+from ranks import network, part, run
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-
-from catapult_opt import CatapultLR, CatapultSGD
+from training import Base, Training
 
 BEFORE, AFTER = 4, 3
 KINDS = ("ddp", "fsdp", "CatapultLR under fsdp")
 pytestmark = pytest.mark.filterwarnings("ignore:.*(assume|Falling back|deprecated|torch.distributed is)")
 
 
-class Run:
+class Run(Training):
     """A training whose parts of the whole batch are those of `ranks` processes."""
 
     def __init__(self, kind: str, rank: int, ranks: int) -> None:
-        self.rank, self.ranks = rank, ranks
-        self.model: nn.Module = network()
-        if ranks > 1 and kind == "ddp":
-            self.model = DistributedDataParallel(self.model)
-        elif ranks > 1:
-            self.model = fully_shard(self.model)
-        self.criterion = nn.MSELoss()
-        connection: dict[str, Any] = {"model": self.model, "criterion": self.criterion, "every": 1}
-        connection["engine"] = "finite-difference"
-        self.controller: CatapultLR | None = None
+        model: nn.Module = network()
+        if ranks > 1:
+            model = DistributedDataParallel(model) if kind == "ddp" else fully_shard(model)
+        batches = [part(rank, ranks, step) for step in range(BEFORE + AFTER)]
+        settings: dict[str, Any] = {"every": 1, "engine": "finite-difference"}
         if kind.startswith("CatapultLR"):
-            self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=0.001)
-            self.controller = CatapultLR(self.optimizer, **connection)
+            base: Base = lambda params: torch.optim.AdamW(params, lr=0.001)  # noqa: E731
+            super().__init__("CatapultLR", model, batches, base=base, **settings)
         else:
-            self.optimizer = CatapultSGD(self.model.parameters(), momentum=0.9, **connection)
+            super().__init__("CatapultSGD", model, batches, momentum=0.9, **settings)
 
     def train(self, steps: range) -> list[tuple[float, float]]:
         seen = []
-        for step in steps:
-            x, y = batch(step)
-            self.optimizer.zero_grad()
-            self.criterion(self.model(x[self.rank :: self.ranks]), y[self.rank :: self.ranks]).backward()
-            self.optimizer.step()
-            watch = self.controller or self.optimizer
-            seen.append((watch.last.eta_crit, self.optimizer.param_groups[0]["effective_lr"]))
+        for self.done in steps:
+            self.step()
+            seen.append((self.watch.last.eta_crit, self.rates()[0]))
         return seen
 
     def state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        controller = {} if self.controller is None else {"controller": self.controller.state_dict()}
+        controller = {"controller": self.watch.state_dict()} if "controller" in self.parts() else {}
         return {"model": model, "optimizer": optimizer, **controller}
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Any) -> None:
         state = self.state()
         dcp.load(state, checkpoint_id=path)
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        if self.controller is not None:
-            self.controller.load_state_dict(state["controller"])
+        if "controller" in state:
+            self.watch.load_state_dict(state["controller"])
 
     def vectors(self) -> list[Tensor]:
-        if self.controller is not None:
-            kept = self.controller.state_dict()["vector"]
+        if "controller" in self.parts():
+            kept = self.watch.state_dict()["vector"]
         else:
             kept = [self.optimizer.state[p]["catapult_vector"] for p in self.model.parameters()]
         return [v.full_tensor() if isinstance(v, DTensor) else v.clone() for v in kept]

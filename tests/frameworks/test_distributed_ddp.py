@@ -17,39 +17,29 @@ import torch.distributed as dist
 from ranks import batch, network, part, run
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from training import FACES, Base, Training
 
 import catapult_opt.monitor as monitor_module
-from catapult_opt import CatapultLR, CatapultMonitor, CatapultSGD, critical_lr, read_log
+from catapult_opt import CatapultMonitor, CatapultSGD, critical_lr, read_log
 
 STEPS = 12
 
 
-def face(kind: str, model: nn.Module, criterion: nn.Module, **settings: Any) -> tuple[Any, Any]:
-    """The optimizer of the loop, and who measures."""
-    connection = {"model": model, "criterion": criterion, **settings}
-    if kind == "CatapultSGD":
-        optimizer = CatapultSGD(model.parameters(), momentum=0.5, **connection)
-        return optimizer, optimizer
-    if kind == "CatapultLR":
-        adam = torch.optim.Adam(model.parameters(), lr=0.001)
-        return adam, CatapultLR(adam, **connection)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    return sgd, CatapultMonitor(sgd, **connection)
-
-
-FACES = ("CatapultSGD", "CatapultLR", "CatapultMonitor")
+BASES: dict[str, Base] = {
+    "CatapultLR": lambda params: torch.optim.Adam(params, lr=0.001),
+    "CatapultMonitor": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
+}
 
 
 def train(kind: str, rank: int, ranks: int, model: nn.Module, **settings: Any) -> dict[str, Any]:
     """A training on the rank's part of each batch; critical rates, rates applied and weights at the end."""
-    criterion = nn.MSELoss()
-    optimizer, watch = face(kind, model, criterion, **settings)
+    more = {"momentum": 0.5} if kind == "CatapultSGD" else {"base": BASES[kind]}
+    batches = [part(rank, ranks, step) for step in range(STEPS)]
+    training = Training(kind, model, batches, **more, **settings)
+    watch, optimizer = training.watch, training.optimizer
     found, rates = [], []
-    for step in range(STEPS):
-        x, y = part(rank, ranks, step)
-        optimizer.zero_grad()
-        criterion(model(x), y).backward()
-        optimizer.step()
+    for _ in range(STEPS):
+        training.step()
         found.append(watch.last.eta_crit)
         rates.append(optimizer.param_groups[0].get("effective_lr", 0.0))
     return {

@@ -15,9 +15,10 @@ from ranks import batch, network, part, run
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from training import FACES, Base, connect
 
 import catapult_opt.monitor as monitor_module
-from catapult_opt import CatapultLR, CatapultMonitor, CatapultSGD, critical_lr, read_log
+from catapult_opt import CatapultMonitor, CatapultSGD, critical_lr, read_log
 
 STEPS = 6
 
@@ -59,16 +60,12 @@ def train(kind: str, rank: int, ranks: int, model: nn.Module, **settings: Any) -
         {"params": [p for p in model.parameters() if all(p is not q for q in last)]},
         {"params": last, "lr": 0.5},
     ]
-    connection = {"model": model, "criterion": criterion, **settings}
-    if kind == "CatapultSGD":
-        optimizer: Any = CatapultSGD(groups, momentum=0.5, **connection)
-        watch = optimizer
-    elif kind == "CatapultLR":
-        optimizer = torch.optim.AdamW(groups, lr=1.0)
-        watch = CatapultLR(optimizer, **connection)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=0.05)
-        watch = CatapultMonitor(optimizer, **connection)
+    bases: dict[str, Base] = {
+        "CatapultLR": lambda params: torch.optim.AdamW(params, lr=1.0),
+        "CatapultMonitor": lambda params: torch.optim.SGD(params, lr=0.05),
+    }
+    more = {"momentum": 0.5} if kind == "CatapultSGD" else {"base": bases[kind]}
+    optimizer, watch = connect(kind, groups, model=model, criterion=criterion, **more, **settings)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, total_iters=3)
     found, rates = [], []
     for step in range(STEPS):
@@ -87,9 +84,6 @@ def train(kind: str, rank: int, ranks: int, model: nn.Module, **settings: Any) -
         "weights": full(model.parameters()),
         "placements": [str(getattr(optimizer.state[p].get("catapult_vector"), "placements", "")) for p in last],
     }
-
-
-FACES = ("CatapultSGD", "CatapultLR", "CatapultMonitor")
 
 
 def once(model: nn.Module, rank: int, ranks: int, settings: dict[str, Any], loss: Any) -> float:

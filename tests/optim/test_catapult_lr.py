@@ -7,73 +7,61 @@ optimizer without a controller.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD, Adam
+from training import QUICK, Base, Training, net, noise
 
-from catapult_opt import CatapultLR, CatapultPolicy, CatapultSGD, read_log
-
-POLICY = CatapultPolicy(arm_steps=5, hot_steps=3, patience=12)
-
-
-def make(bias: bool = False) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 16, bias=bias), nn.ReLU(), nn.Linear(16, 1, bias=bias)).double()
-    return model, nn.MSELoss(), torch.randn(12, 5).double(), torch.randn(12, 1).double()
+from catapult_opt import CatapultLR, CatapultPolicy, read_log
 
 
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+def train(base: Base | None, face: str = "CatapultLR", **settings: Any) -> Training:
+    """A small net in float64."""
+    model = net(5, 16, 1, activation=nn.ReLU).double()
+    return Training(face, model, noise(12, 5, dtype=torch.float64), base=base, **settings)
 
 
-def step(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, optimizer: Any) -> Tensor:
-    optimizer.zero_grad()
-    loss: Tensor = criterion(model(x), y)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
+def sgd(lr: float, **settings: Any) -> Base:
+    return lambda params: SGD(params, lr=lr, **settings)
+
+
+def adam(lr: float) -> Base:
+    return lambda params: Adam(params, lr=lr)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_on_sgd_it_is_catapult_sgd_to_the_bit(momentum: float) -> None:
-    one, other = make(), make()
-    optimizer = torch.optim.SGD(one[0].parameters(), lr=0.3, momentum=momentum)
-    controller = CatapultLR(optimizer, model=one[0], criterion=one[1], policy=POLICY)
-    whole = CatapultSGD(other[0].parameters(), model=other[0], criterion=other[1], policy=POLICY, momentum=momentum)
-    phases = set()
+    one = train(sgd(0.3, momentum=momentum), policy=QUICK)
+    other = train(None, "CatapultSGD", momentum=momentum, policy=QUICK)
     for _ in range(120):
-        step(*one, optimizer)
-        step(*other, whole)
-        assert torch.equal(weights(one[0]), weights(other[0]))
-        assert optimizer.param_groups[0]["effective_lr"] == whole.param_groups[0]["effective_lr"]
-        phases.add(controller.phase)
-    assert phases >= {"arm", "hot", "cool"}
-    assert controller.super_critical_steps == whole.super_critical_steps > 0
+        assert one.step() == other.step()
+        assert torch.equal(one.weights(), other.weights())
+        assert one.rates() == other.rates()
+        assert one.watch.phase == other.watch.phase
+    assert one.watch.catapults == other.watch.catapults > 0
+    assert one.watch.super_critical_steps == other.watch.super_critical_steps > 0
 
 
 def test_first_rates_of_adam_are_parts_of_its_own_critical_rate() -> None:
-    model, criterion, x, y = make(bias=True)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    controller = CatapultLR(optimizer, model=model, criterion=criterion)
-    criterion(model(x), y).backward()
-    params = dict(model.named_parameters())
-    jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)).flatten())(params)
+    training = train(adam(1e-3))
+    training.backward()
+    params = dict(training.model.named_parameters())
+    outputs = lambda p: torch.func.functional_call(training.model, p, (training.x,)).flatten()  # noqa: E731
+    jacobian = torch.func.jacrev(outputs)(params)
     # The very first step: v_hat = g^2, so that P = |g| + eps.
     columns = [j.reshape(12, -1) / (params[n].grad.flatten().abs() + 1e-8).sqrt() for n, j in jacobian.items()]
     lam = float(torch.linalg.svdvals(torch.cat(columns, 1))[0] ** 2) * 2 / 12
-    optimizer.step()
-    assert controller.last.lambda_max == pytest.approx(lam, rel=5e-3)
+    training.optimizer.step()
+    assert training.watch.last.lambda_max == pytest.approx(lam, rel=5e-3)
     # The batch may be a mini-batch, where momentum helps no more; the second time it is known not to be.
-    assert optimizer.param_groups[0]["effective_lr"] == pytest.approx(0.4 * 2 / lam, rel=5e-3)
-    optimizer.zero_grad()
-    criterion(model(x), y).backward()
-    optimizer.step()
-    assert optimizer.param_groups[0]["effective_lr"] == pytest.approx(0.8 * 38 / controller.last.lambda_max)
-    assert optimizer.param_groups[0]["lr"] == 1e-3
+    assert training.rates() == [pytest.approx(0.4 * 2 / lam, rel=5e-3)]
+    training.step()
+    assert training.rates() == [pytest.approx(0.8 * 38 / training.watch.last.lambda_max)]
+    assert training.optimizer.param_groups[0]["lr"] == 1e-3
 
 
 class WithLoss(nn.Module):
@@ -92,7 +80,7 @@ class WithLoss(nn.Module):
 def test_adam_on_a_model_that_returns_its_loss() -> None:
     """Central differences under a preconditioner that differs by millions, against the explicit Hessian in float64."""
     model = WithLoss()
-    x, y = torch.randn(10, 4), torch.randn(10, 1)
+    x, y = noise(10, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-10)
     controller = CatapultLR(optimizer, model=model, criterion=None)
     model(x, y).backward()
@@ -104,7 +92,7 @@ def test_adam_on_a_model_that_returns_its_loss() -> None:
         given = {n: part.view(s) for n, part, s in zip(names, parts, shapes, strict=True)}
         return torch.func.functional_call(exact, given, (x.double(), y.double()))
 
-    hessian = torch.autograd.functional.hessian(loss, weights(exact))
+    hessian = torch.autograd.functional.hessian(loss, torch.nn.utils.parameters_to_vector(exact.parameters()).detach())
     roots = (torch.cat([p.grad.flatten() for p in model.parameters()]).double().abs() + 1e-10).rsqrt()
     expected = float(torch.linalg.eigvalsh(roots[:, None] * hessian * roots)[-1])
     optimizer.step()
@@ -115,17 +103,15 @@ def test_adam_on_a_model_that_returns_its_loss() -> None:
     "kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad]
 )
 def test_trains_and_gives_lr_back(kind: type[torch.optim.Optimizer], tmp_path: Path) -> None:
-    model, criterion, x, y = make(bias=True)
-    optimizer = kind(model.parameters(), lr=0.01)  # type: ignore[call-arg]
     log = tmp_path / "run.jsonl"
-    controller = CatapultLR(optimizer, model=model, criterion=criterion, policy=POLICY, log=log)
-    losses = [float(step(model, criterion, x, y, optimizer)) for _ in range(80)]
-    controller.detach()
+    training = train(lambda params: kind(params, lr=0.01), policy=QUICK, log=log)  # type: ignore[call-arg]
+    losses = training.steps(80)
+    training.watch.detach()
     assert min(losses) < losses[0]
-    assert optimizer.param_groups[0]["lr"] == 0.01
+    assert training.optimizer.param_groups[0]["lr"] == 0.01
     rates = read_log(log).column("effective_lr")
     assert all(0 < r < float("inf") for r in rates)
-    assert optimizer.param_groups[0]["effective_lr"] == rates[-1]
+    assert training.rates() == [rates[-1]]
 
 
 # From the first step on, and no spike is seen.
@@ -135,84 +121,54 @@ ARMED = CatapultPolicy(ripe=1.0, smoothing=1, spike=1e6, ceiling=1e7, fatal=1e8)
 @pytest.mark.parametrize("tensor", [False, True])
 def test_a_scheduler_on_top_scales_the_rate(tensor: bool) -> None:
     """Halved after the first step: the armed rate is held, so the rate applied halves too; groups keep proportions."""
-    model, criterion, x, y = make()
     lr: Any = torch.tensor(0.1) if tensor else 0.1
+    model = net(5, 16, 1, activation=nn.ReLU)
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": lr / 4}]
-    optimizer = torch.optim.SGD(groups, lr=lr)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-    CatapultLR(optimizer, model=model, criterion=criterion, policy=ARMED)
+    training = Training("CatapultLR", model, noise(12, 5), params=groups, base=sgd(lr), policy=ARMED)
+    scheduler = torch.optim.lr_scheduler.StepLR(training.optimizer, 1, gamma=0.5)
     seen = []
     for _ in range(3):
-        step(model, criterion, x, y, optimizer)
-        seen.append([g["effective_lr"] for g in optimizer.param_groups])
+        training.step()
+        seen.append(training.rates())
         scheduler.step()
     assert seen[1][0] <= seen[0][0] / 2 * (1 + 1e-6)
     assert all(b == pytest.approx(a / 4) for a, b in seen)
-    assert [float(g["lr"]) for g in optimizer.param_groups] == pytest.approx([0.1 / 8, 0.1 / 32])
-    assert isinstance(optimizer.param_groups[0]["lr"], Tensor) == tensor
+    assert [float(g["lr"]) for g in training.optimizer.param_groups] == pytest.approx([0.1 / 8, 0.1 / 32])
+    assert isinstance(training.optimizer.param_groups[0]["lr"], Tensor) == tensor
 
 
 def test_a_nan_loss_is_undone_and_leaves_the_averages_of_adam() -> None:
-    model, criterion, x, y = make()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    controller = CatapultLR(optimizer, model=model, criterion=criterion, policy=CatapultPolicy(ripe=1.0, smoothing=1))
-    start = weights(model)
-    for _ in range(3):
-        step(model, criterion, x, y, optimizer)
+    training = train(adam(0.01), policy=CatapultPolicy(ripe=1.0, smoothing=1))
+    start, optimizer = training.weights(), training.optimizer
+    training.steps(3)
     squares = [s["exp_avg_sq"].clone() for s in optimizer.state.values()]
-    step(model, criterion, x, y * float("nan"), optimizer)
-    assert torch.equal(weights(model), start)  # the snapshot is of the last attempt
+    training.step(training.x, training.y * float("nan"))
+    assert torch.equal(training.weights(), start)  # the snapshot is of the last attempt
     assert all(torch.equal(s["exp_avg_sq"], q) for s, q in zip(optimizer.state.values(), squares, strict=True))
     assert not any(s["exp_avg"].any() for s in optimizer.state.values())
-    assert all(p.grad is not None for p in model.parameters())
-    step(model, criterion, x, y, optimizer)
-    assert torch.isfinite(weights(model)).all()
-    assert controller.phase == "arm"
+    assert all(p.grad is not None for p in training.model.parameters())
+    training.step()
+    assert training.finite()
 
 
 @pytest.mark.parametrize("cut", [1, 7, 23, 40])
 def test_resume_is_the_run_it_would_have_been(cut: int) -> None:
-    make_optimizer: Callable[[Any], Any] = lambda p: torch.optim.Adam(p, lr=0.01)  # noqa: E731
-    whole = make()
-    optimizer = make_optimizer(whole[0].parameters())
-    controller = CatapultLR(optimizer, model=whole[0], criterion=whole[1], policy=POLICY)
-    for i in range(60):
-        if i == cut:
-            kept = copy.deepcopy((whole[0].state_dict(), optimizer.state_dict(), controller.state_dict()))
-        step(*whole, optimizer)
-    resumed = make()
-    resumed[0].load_state_dict(kept[0])
-    second = make_optimizer(resumed[0].parameters())
-    again = CatapultLR(second, model=resumed[0], criterion=resumed[1], policy=POLICY)
-    second.load_state_dict(kept[1])
-    again.load_state_dict(kept[2])
-    for _ in range(60 - cut):
-        step(*resumed, second)
-    assert torch.equal(weights(whole[0]), weights(resumed[0]))
-    assert again.catapults == controller.catapults
+    whole, resumed = (train(adam(0.01), policy=QUICK) for _ in range(2))
+    whole.steps(cut)
+    resumed.load(copy.deepcopy(whole.checkpoint()))
+    assert resumed.steps(60 - cut) == whole.steps(60 - cut)
+    assert torch.equal(whole.weights(), resumed.weights())
+    assert whole.watch.catapults == resumed.watch.catapults
 
 
 def test_closures() -> None:
-    one, other = make(), make()
-    optimizers = [torch.optim.SGD(m[0].parameters(), lr=0.1) for m in (one, other)]
-    for o, m in zip(optimizers, (one, other), strict=True):
-        CatapultLR(o, model=m[0], criterion=m[1], policy=POLICY)
-    model, criterion, x, y = other
-
-    def closure() -> Tensor:
-        optimizers[1].zero_grad()
-        loss: Tensor = criterion(model(x), y)
-        loss.backward()
-        return loss
-
-    for _ in range(30):
-        expected = step(*one, optimizers[0])
-        assert torch.equal(optimizers[1].step(closure), expected)
-    assert torch.equal(weights(one[0]), weights(model))
+    one, other = (train(sgd(0.1), policy=QUICK) for _ in range(2))
+    assert one.steps(30) == other.steps(30, closure=True)
+    assert torch.equal(one.weights(), other.weights())
 
 
 def test_refusals_change_nothing() -> None:
-    model, criterion, _, _ = make()
+    model, criterion = net(5, 16, 1), nn.MSELoss()
     for optimizer in (torch.optim.LBFGS(model.parameters()), torch.optim.Rprop(model.parameters())):
         before = copy.deepcopy(optimizer.state_dict())
         with pytest.raises(TypeError, match=type(optimizer).__name__):
@@ -227,10 +183,7 @@ def test_refusals_change_nothing() -> None:
 
 
 def test_detached_it_is_the_optimizer_again() -> None:
-    one, other = make(), make()
-    optimizer, plain = (torch.optim.SGD(m[0].parameters(), lr=0.1) for m in (one, other))
-    CatapultLR(optimizer, model=one[0], criterion=one[1]).detach()
-    for _ in range(3):
-        step(*one, optimizer)
-        step(*other, plain)
-    assert torch.equal(weights(one[0]), weights(other[0]))
+    one, other = train(sgd(0.1)), train(sgd(0.1), "")
+    one.watch.detach()
+    assert one.steps(3) == other.steps(3)
+    assert torch.equal(one.weights(), other.weights())

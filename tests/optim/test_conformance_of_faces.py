@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
-from training import DRIVING, FACES, Training, net, noise
+from training import DRIVING, FACES, QUICK, Training, net, noise
 
 from catapult_opt import CatapultPolicy
 
@@ -24,7 +24,6 @@ database = pytest.importorskip("torch.testing._internal.common_optimizers")
 
 REFUSED = {"fused", "capturable", "differentiable", "maximize"}
 BASES: tuple[type[Optimizer], ...] = (SGD, Adam, AdamW, RMSprop, Adagrad)
-POLICY = CatapultPolicy(arm_steps=4, hot_steps=3, patience=12)
 
 
 def settings(kind: type[Optimizer]) -> list[dict[str, Any]]:
@@ -52,7 +51,7 @@ every_base = pytest.mark.parametrize("kind", BASES, ids=lambda kind: kind.__name
 
 
 def problem(
-    kind: type[Optimizer] = SGD, face: str = "", groups: bool = False, policy: Any = POLICY, **kwargs: Any
+    kind: type[Optimizer] = SGD, face: str = "", groups: bool = False, policy: Any = QUICK, **kwargs: Any
 ) -> Training:
     """Least squares of a small net on four samples. `kwargs` are the optimizer's."""
     model = net(5, 8, 2)

@@ -22,10 +22,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-from training import DRIVING, FACES, Training, net
+from training import DRIVING, FACES, QUICK, Training, net
 
 from catapult_opt import (
-    CatapultPolicy,
     MeasurementError,
     MeasurementWarning,
     critical_lr,
@@ -36,14 +35,13 @@ from catapult_opt.report import render, summarize
 from catapult_opt.runlog import RunLogWarning
 
 NAN, INF = float("nan"), float("inf")
-POLICY = CatapultPolicy(arm_steps=5, hot_steps=3, patience=12)
 
 
 def make(face: str = "CatapultSGD", seed: int = 0, model: nn.Module | None = None, **settings: Any) -> Training:
     """A small net with BatchNorm and Dropout."""
     if model is None:
         model = net(5, 16, 1, activation=nn.ReLU, norm=True, dropout=0.1, seed=seed)
-    return Training(face, model, **{**({"policy": POLICY} if face in DRIVING else {}), **settings})
+    return Training(face, model, **{**({"policy": QUICK} if face in DRIVING else {}), **settings})
 
 
 FILE_IO = io.FileIO

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,15 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam
-from training import Base, Training, net, product
+from training import QUICK, Base, Training, net, product
 
-from catapult_opt import CatapultPolicy, read_log
+from catapult_opt import read_log
 from catapult_opt.runlog import RunLogError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 
 STEPS = 44
-POLICY = CatapultPolicy(total_steps=STEPS, arm_steps=5, hot_steps=3, patience=12, settle=0.8)
+POLICY = replace(QUICK, total_steps=STEPS, settle=0.8)
 COLUMNS = ("step", "loss", "effective_lr", "eta_crit", "lambda_max", "super_critical", "phase")
 
 
@@ -166,11 +167,11 @@ def test_ten_kills(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_hundred_kills(tmp_path: Path) -> None:
-    """Some of them in the middle of a catapult, of cooling down and of settling."""
+    """They fall within steps and between them, in several phases of the policy."""
     fell = kill(KINDS, 200, seed=1, tmp_path=tmp_path)
     print(dict(fell))
     assert fell.total() >= 200
-    assert {"train", "after  arm", "after  hot", "after  cool", "after  settle"} <= set(fell), fell
+    assert "train" in fell and sum(where.startswith("after") for where in fell) >= 3, fell
 
 
 def test_a_killed_run_goes_on_at_once_though_a_process_it_forked_still_lives(tmp_path: Path) -> None:

