@@ -57,9 +57,10 @@ class RunLogWriter:
     """Appends a run's records to its log, and never stands in the way of the training.
 
     A write that fails gives one :class:`RunLogWarning`; from then on ``failed`` is true and records are ignored, as
-    they are before :meth:`start` and after :meth:`close`. A log that somebody moves or cuts off while it is written gives
-    one warning too, and goes on: with a new header where that was lost, and a record of what is missing. A copy (``deepcopy``, pickle) is a writer not started, and
-    so is the writer of a forked child (a data loader's worker): neither writes into the original's log.
+    they are before :meth:`start` and after :meth:`close`. A log that somebody moves or cuts off while it is written
+    gives one warning too, and goes on: with a new header where that was lost, and an event that tells what is missing.
+    A copy (``deepcopy``, pickle) is a writer not started, and so is the writer of a forked child (a data loader's
+    worker): neither writes into the original's log.
 
     The log is locked while it is written. The lock goes with the process, however that ends.
     """

@@ -157,13 +157,19 @@ def read_log(path: str | os.PathLike[str]) -> RunLog:
 
 def open_regular(path: Path) -> io.BufferedReader:
     """The file open for reading, if it is a regular one: a pipe could be waited for in vain, a device without end."""
-    for mode in (os.stat(path).st_mode, None):  # before opening, as that alone sets some devices to work; then again
-        if mode is None:  # since another file may have come in its place meanwhile
-            file = open(path, "rb", opener=_open_without_waiting)
-            mode = os.fstat(file.fileno()).st_mode
-        if not stat.S_ISREG(mode):
-            raise RunLogError(f"{path}: is {rules.kind_of_file(mode)}, not a run log")
+    _refuse_unless_regular(path, os.stat(path).st_mode)  # before opening, as that alone sets some devices to work
+    file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115
+    try:
+        _refuse_unless_regular(path, os.fstat(file.fileno()).st_mode)  # it may have been replaced meanwhile
+    except RunLogError:
+        file.close()
+        raise
     return file
+
+
+def _refuse_unless_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise RunLogError(f"{path}: is {rules.kind_of_file(mode)}, not a run log")
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -183,6 +189,7 @@ def lines_of(file: io.BufferedReader) -> Iterator[tuple[int, bytes, int]]:
 
 _AT_ONCE: Final = 4096  # records that wait as Python objects before they become columns
 _TRIES: Final = 32  # patterns made at most: a foreign log may have other fields on every line
+_NAME: Final = re.compile("[A-Za-z_][A-Za-z0-9_]{0,39}")
 _FIELDS: Final[dict[type, bytes]] = {  # as the writer spells them, and shorter than a line may be
     float: rb"(-?(?:0|[1-9]\d{0,17})(?:\.\d{1,30}(?:[eE][+-]?\d{1,4})?|[eE][+-]?\d{1,4}))",
     int: rb"(0|-?[1-9]\d{0,17})",
