@@ -186,7 +186,7 @@ def _super_critical_spans(log: RunLog) -> npt.NDArray[np.float64]:
     steps = np.unique(measured.integers("step", 0)[measured.numbers("super_critical") == 1])
     if not len(steps):
         return np.empty((0, 2))
-    begins = np.diff(steps, prepend=steps[0] - 2) > _pixel(steps)
+    begins = np.append(True, np.diff(steps) > _pixel(steps))
     first, last = steps[begins], steps[np.append(begins[1:], True)]
     return np.stack([first - 0.5, last + 0.5], axis=1)
 

@@ -10,7 +10,7 @@ from typing import Any, Union, overload
 import numpy as np
 import numpy.typing as npt
 
-from .runlog_format import Record
+from .runlog_format import MAX_INT, Record
 
 Column = Union[npt.NDArray[Any], "Columns"]  # values of one field; columns again where the values are dictionaries
 Columns = dict[str, Column]
@@ -126,12 +126,11 @@ class Records(Sequence[Record]):
         return self._in_order([_or_nan(group, path) for group in self.groups], np.float64)
 
     def integers(self, key: str, default: int) -> Integers:
-        """The whole numbers in a field of every record, int64 of shape (len,), ``default`` where there is none."""
-        parts = []
-        for group in self.groups:
-            column = group.columns.get(key)
-            known = isinstance(column, np.ndarray) and column.dtype.kind in "iub"
-            parts.append(column if known else np.full(len(group.lines), default))
+        """The whole numbers in a field of every record, int64 of shape (len,), ``default`` where there is none.
+
+        Those that do not fit 64 bits become the closest that does.
+        """
+        parts = [_integers(group.columns.get(key), len(group.lines), default) for group in self.groups]
         return self._in_order(parts, np.int64)
 
     def values(self, key: str, default: Any = None) -> list[Any]:
@@ -157,6 +156,15 @@ class Records(Sequence[Record]):
 
 def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
+
+
+def _integers(column: Column | None, count: int, default: int) -> Integers:
+    if column is None or isinstance(column, dict) or column.dtype.kind == "f":
+        return np.full(count, default)
+    if column.dtype != object:
+        return column.astype(np.int64, copy=False)
+    least, most = -MAX_INT, MAX_INT - 1
+    return np.array([min(max(v, least), most) if isinstance(v, int) else default for v in column], np.int64)
 
 
 def _as_float(value: Any) -> float:
@@ -216,7 +224,7 @@ def packed(values: Sequence[Any]) -> Column:
         return compact(np.array(values, np.float64))
     if kinds == {bool}:
         return compact(np.array(values, np.bool_))
-    if kinds == {int} and all(-(1 << 63) <= value < 1 << 63 for value in values):
+    if kinds == {int} and all(-MAX_INT <= value < MAX_INT for value in values):
         return compact(np.array(values, np.int64))
     column = np.empty(len(values), object)
     for i, value in enumerate(values):  # not all at once: numpy would take lists apart
