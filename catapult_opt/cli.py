@@ -1,28 +1,22 @@
 """The command line: ``catapult-opt report``, ``plot``, ``critical-lr`` and ``reproduce``.
 
-Only the run log and the report are imported here, matplotlib when it is needed and torch only to reproduce, so that
-looking at a running training is quick.
+Here are the arguments, the help, and how the program ends; what the commands do is in `commands`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import contextlib
 import os
+import signal
 import sys
 import textwrap
-import time
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.text import Text
-
-from catapult_opt import __version__
-from catapult_opt import report as reports
-from catapult_opt.runlog import FORMAT, RunLog, RunLogError, read_log
+from . import __version__, plain
 
 __all__ = ["main"]
 
@@ -42,7 +36,7 @@ CatapultLR and CatapultMonitor write when given log="run.jsonl".
 
 exit status: 0; 1 if a statement of the thesis fails (reproduce); 2 for wrong
 arguments, or if something could not be read, measured, run or written; 130
-after Ctrl-C (report --watch: 0).
+after Ctrl-C (report --watch: 0), 128 + its number after SIGTERM or SIGHUP.
 """
 
 _REPORT = """\
@@ -63,7 +57,9 @@ keys to sort by:
   {keys}
 
 In JSON, a figure that the log does not tell is null, and NaN and the
-infinities are the strings "NaN", "Infinity" and "-Infinity".
+infinities are the strings "NaN", "Infinity" and "-Infinity". In CSV, texts
+have "?" for control characters, and an apostrophe before = + - or @, so that
+no spreadsheet takes a run's name for a formula.
 
 exit status: 0, or 2 if a log could not be read (the others are reported all
 the same); a log that was cut off is reported as far as it goes.
@@ -72,7 +68,7 @@ the same); a log that was cut off is reported as far as it goes.
 _PLOT = """\
 Loss, learning rate against the critical one, and lambda_max over the steps;
 super-critical steps are shaded; catapults, collapses and spikes that were
-undone are marked.
+undone are marked. Of more than 12 runs, the first 12 are drawn.
 Needs matplotlib: pip install 'catapult_opt[plot]'.
 """
 
@@ -81,6 +77,7 @@ examples:
   catapult-opt plot run.jsonl                   writes run.png
   catapult-opt plot runs/batch_5.jsonl -o batch_5.svg
   catapult-opt plot a.jsonl b.jsonl -o ab.pdf   side by side
+  catapult-opt plot run.jsonl -o - > run.png    to standard output
 
 exit status: 0, or 2 if a log could not be read (the others are drawn all the
 same) or the picture not written.
@@ -105,6 +102,8 @@ examples:
   def setup():
       x, y = next(iter(loader))
       return model, torch.nn.MSELoss(), x, y
+
+What FACTORY prints goes to standard error.
 
 exit status: 0, or 2 if the factory cannot be used or the batch not measured.
 """
@@ -133,19 +132,65 @@ after Ctrl-C, and the same command goes on.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    options = _parser().parse_args(argv)
+    """Run the command line; returns the exit status.
+
+    Raises:
+        SystemExit: after ``--help`` (status 0), on wrong arguments (2), after SIGTERM or SIGHUP (128 + its number).
+    """
+    if sys.stderr is None:  # closed: print() would take standard output instead
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        return _fail("standard output is closed")
     if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot spell is no reason to fail
         sys.stdout.reconfigure(errors="replace")
     try:
-        status = int(options.run(options))
-        sys.stdout.flush()
-        return status
+        with _ended_by_signals():
+            try:
+                options = _parser().parse_args(argv)
+                from . import commands  # not before: until here, Ctrl-C finds little to interrupt
+
+                return int(getattr(commands, options.run)(options))
+            finally:
+                sys.stdout.flush()  # here, where it can still be told if that fails
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit complains
+        _discard_output()
         return 0
+    except OSError as error:
+        _discard_output()
+        return _fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         return 130
+
+
+def _fail(message: str) -> int:
+    plain.tell("error", message)
+    return 2
+
+
+def _discard_output() -> None:
+    """What is still to be written goes nowhere: else the flush at exit complains."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the program the ordinary way: files are closed, the terminal gets its cursor back."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for one in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
+            number = getattr(signal, one)
+            if signal.getsignal(number) == signal.SIG_DFL:  # under nohup, SIGHUP is ignored and stays so
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -165,7 +210,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_report(commands: Any) -> None:
-    keys = "\n  ".join(textwrap.wrap(", ".join(reports.SORT_KEYS), 76))
+    from .summary import SORT_KEYS
+
+    keys = "\n  ".join(textwrap.wrap(", ".join(SORT_KEYS), 76))
     command = commands.add_parser(
         "report",
         help="a table of runs, with a sparkline each",
@@ -185,11 +232,9 @@ def _add_report(commands: Any) -> None:
         const=2.0,
         help="keep the report up to date, every 2 seconds if not given",
     )
-    command.add_argument(
-        "--sort", metavar="KEY", choices=list(reports.SORT_KEYS), help="sort the runs by a key, see below"
-    )
+    command.add_argument("--sort", metavar="KEY", choices=list(SORT_KEYS), help="sort the runs by a key, see below")
     command.add_argument("--reverse", action="store_true", help="sort in descending order")
-    command.set_defaults(run=_report)
+    command.set_defaults(run="report_runs")
 
 
 def _add_plot(commands: Any) -> None:
@@ -202,9 +247,12 @@ def _add_plot(commands: Any) -> None:
     )
     _add_runs(command)
     command.add_argument(
-        "-o", "--output", metavar="FILE", help="picture to write, its suffix says the format (default: RUN.png)"
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="picture to write: its suffix names the format, PNG without one; - is standard output (default: RUN.png)",
     )
-    command.set_defaults(run=_plot)
+    command.set_defaults(run="plot_runs")
 
 
 def _add_critical(commands: Any) -> None:
@@ -217,7 +265,7 @@ def _add_critical(commands: Any) -> None:
     )
     command.add_argument("factory", metavar="FACTORY", help="module:function, see below")
     command.add_argument("--json", action="store_true", help="print a JSON list, an object per optimizer")
-    command.set_defaults(run=_critical)
+    command.set_defaults(run="critical_rates")
 
 
 def _add_reproduce(commands: Any) -> None:
@@ -252,7 +300,7 @@ def _add_reproduce(commands: Any) -> None:
     command.add_argument(
         "--into", metavar="DIR", type=Path, default=Path("analysis"), help="where RESULTS.md goes (default: analysis)"
     )
-    command.set_defaults(run=_reproduce)
+    command.set_defaults(run="reproduce")
 
 
 def _positive(text: str) -> int:
@@ -275,147 +323,3 @@ def _seconds(text: str) -> float:
     if not 0.05 <= seconds <= 86_400:
         raise argparse.ArgumentTypeError(f"{text} is not between 0.05 and 86400 seconds")
     return seconds
-
-
-# ------------------------------------------------------------------------------------------------------------ finding
-
-
-def _find(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """The run logs meant by ``paths``, each once and in order, and what is wrong with the paths."""
-    found: dict[str, Path] = {}
-    problems = []
-    for path in paths:
-        files = sorted(_search(path), key=lambda file: reports.natural(str(file))) if path.is_dir() else [path]
-        if not files:
-            problems.append(f"{path}: no run logs (*.jsonl) in this folder")
-        for file in files:
-            found.setdefault(os.path.realpath(file), file)
-    return list(found.values()), problems
-
-
-def _search(folder: Path) -> Iterator[Path]:
-    for root, _, names in os.walk(folder):
-        yield from (path for name in names if name.endswith(".jsonl") and _looks_like_a_log(path := Path(root, name)))
-
-
-def _looks_like_a_log(path: Path) -> bool:
-    """Whether a file found in a folder is meant to be a run log; a folder may hold other .jsonl files too."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4096)
-    except OSError:
-        return True  # let the reader say why
-    return not start or FORMAT.encode() in start
-
-
-def _read(paths: Sequence[Path]) -> tuple[list[RunLog], list[str], list[str]]:
-    """Logs, errors and warnings."""
-    files, errors = _find(paths)
-    logs, warnings = [], []
-    for file in files:
-        try:
-            log = read_log(file)
-        except RunLogError as error:
-            errors.append(str(error))
-            continue
-        logs.append(log)
-        warnings += [f"{file}: dropped {sentence}" for sentence in _first(log.dropped)]
-    return logs, errors, warnings
-
-
-def _first(sentences: Sequence[str], count: int = 3) -> list[str]:
-    """The first few sentences, and how many there are beyond them."""
-    rest = len(sentences) - count
-    return [*sentences[:count]] + ([f"{rest} more"] if rest > 0 else [])
-
-
-def _complain(errors: Sequence[str], warnings: Sequence[str] = ()) -> int:
-    for kind, messages in (("warning", warnings), ("error", errors)):
-        for message in messages:
-            print(f"catapult-opt: {kind}: {reports.clean(message)}", file=sys.stderr)
-    return 2 if errors else 0
-
-
-# ----------------------------------------------------------------------------------------------------------- commands
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # main() deals with it; rich would exit with status 1
-
-
-def _report(options: argparse.Namespace) -> int:
-    sort = _sort(options)
-    if options.watch is not None:
-        return _watch(options.runs, sort, options.watch)
-    logs, errors, warnings = _read(options.runs)
-    status = _complain(errors, warnings)
-    summaries = [reports.summarize(log) for log in logs]
-    if options.json or options.csv:
-        export = reports.to_json if options.json else reports.to_csv
-        ordered = [summary for summary, _ in reports.sort_runs(zip(summaries, logs, strict=True), sort)]
-        print(export(ordered).rstrip("\n"))
-    elif logs:
-        reports.render(summaries, logs, _Console(), sort=sort)
-    return status
-
-
-def _sort(options: argparse.Namespace) -> str | None:
-    sort: str | None = options.sort
-    return f"-{sort}" if sort and options.reverse else sort
-
-
-def _watch(paths: Sequence[Path], sort: str | None, seconds: float) -> int:
-    """Show the report until Ctrl-C; logs may come and go."""
-    console = _Console()
-    try:
-        with Live(console=console, auto_refresh=False, vertical_overflow="ellipsis") as live:
-            while True:
-                live.update(_live_report(paths, sort, console), refresh=True)
-                time.sleep(seconds)
-    except KeyboardInterrupt:
-        return 0
-
-
-def _live_report(paths: Sequence[Path], sort: str | None, console: Console) -> RenderableType:
-    logs, errors, _ = _read(paths)  # the line being written may be cut off: no matter here
-    # Above the report, which may be longer than the terminal is high.
-    parts: list[RenderableType] = [Text(f"{time.strftime('%H:%M:%S')}  Ctrl-C ends this\n", style="dim")]
-    parts += [Text(f"waiting: {reports.clean(error)}\n", style="yellow") for error in errors]
-    if logs:
-        parts.append(reports.layout([reports.summarize(log) for log in logs], logs, console, sort=sort))
-    return Group(*parts)
-
-
-def _plot(options: argparse.Namespace) -> int:
-    try:
-        from catapult_opt import plots
-    except ImportError as error:
-        return _complain([str(error)])
-    logs, errors, warnings = _read(options.runs)
-    status = _complain(errors, warnings)
-    if not logs:
-        return status
-    output = Path(options.output or (f"{logs[0].path.stem}.png" if len(logs) == 1 else "runs.png"))
-    try:
-        plots.save(logs, output)
-    except (OSError, ValueError) as error:
-        return _complain([f"{output}: cannot be written ({error})"])
-    print(output)
-    return status
-
-
-def _critical(options: argparse.Namespace) -> int:
-    from catapult_opt import MeasurementError
-    from catapult_opt.starting_rates import FactoryError, run
-
-    try:
-        run(options.factory, options.json, _Console())
-    except (FactoryError, MeasurementError) as error:
-        return _complain([str(error)])
-    return 0
-
-
-def _reproduce(options: argparse.Namespace) -> int:
-    command = importlib.import_module("catapult_opt.analysis.reproduce.command")  # loads torch
-    return int(command.run(options, _Console(), Console(stderr=True)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
 import json
 import math
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +20,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from .monitor import CatapultMonitor
@@ -45,13 +47,22 @@ class FactoryError(ValueError):
 
 @dataclass(frozen=True)
 class StartingRate:
-    """What one optimizer could start with."""
+    """What one optimizer could start with.
+
+    Attributes:
+        optimizer: its name in `torch.optim`, with its settings.
+        lambda_max: of the curvature, divided by the optimizer's preconditioner where it has one.
+        eta_crit: the critical learning rate of the first step.
+        start: a constant rate to start from: half of ``eta_crit``.
+        residual: relative bound on the error of ``lambda_max``.
+        first_step_only: whether later steps bear other rates, because the first one divides by this one gradient.
+    """
 
     optimizer: str
-    lambda_max: float  # of the curvature, divided by the optimizer's preconditioner where it has one
+    lambda_max: float
     eta_crit: float
-    start: float  # recommended constant rate: half of eta_crit
-    residual: float  # relative bound on the error of lambda_max
+    start: float
+    residual: float
     first_step_only: bool
 
 
@@ -67,6 +78,10 @@ def starting_rates(
 
     Nothing of the user's changes: every optimizer makes its step on a copy.
 
+    Raises:
+        ValueError, RuntimeError: the batch cannot be measured, or the model's loss is not a tensor of one number.
+        Exception: whatever the model, the criterion or copying them raises.
+
     Source: thesis Def. 3.2.2; the optimizers' own critical rates: `catapult_opt.curvature.critical`.
 
     Example:
@@ -81,21 +96,27 @@ def starting_rates(
 def _first_step(
     name: str, make: Callable[..., Optimizer], model: nn.Module, criterion: Any, inputs: Any, targets: Any
 ) -> StartingRate:
-    model, criterion = copy.deepcopy((model, criterion))
+    try:
+        model, criterion = copy.deepcopy((model, criterion))
+    except Exception as error:
+        raise TypeError(f"the model or the criterion cannot be copied, which measuring needs: {error}") from error
     optimizer = make([p for p in model.parameters() if p.requires_grad])
     monitor = CatapultMonitor(optimizer, model=model, criterion=criterion)
     rng = torch.get_rng_state()
     outputs = _call(model, inputs)
     loss = outputs if criterion is None else monitor.criterion(outputs, targets)  # type: ignore[misc]
-    loss.backward()
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        returned = "the model, with criterion None," if criterion is None else "the criterion"
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"{returned} must return the loss, a tensor of one number, but returned {found}")
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     torch.set_rng_state(rng)
-    found = monitor.last
+    critical = monitor.last
     monitor.detach()
-    assert found is not None
-    return StartingRate(
-        name, found.lambda_max, found.eta_crit, _SAFE * found.eta_crit, found.residual, name in _ADAPTIVE
-    )
+    assert critical is not None
+    start = _SAFE * critical.eta_crit
+    return StartingRate(name, critical.lambda_max, critical.eta_crit, start, critical.residual, name in _ADAPTIVE)
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
@@ -108,13 +129,16 @@ def load_factory(spec: str) -> Callable[[], Any]:
     """The function that ``module:function`` names, looked up in the present folder too.
 
     Raises:
-        FactoryError: no such module or function, or it is not a function, or one that needs arguments.
+        FactoryError: no such module or function, a module that fails when it is imported, or what it names is not a
+            function, or one that needs arguments.
     """
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise FactoryError(f"{spec!r} must read module:function, such as train:setup")
     if module_name.endswith(".py"):
         raise FactoryError(f"{spec!r} names a file, but must name a module: try {module_name[:-3]}:{name}")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise FactoryError(f"{spec!r}: {module_name!r} is no name of a module: name it as `import` would")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -122,12 +146,28 @@ def load_factory(spec: str) -> Callable[[], Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise FactoryError(f"{module_name}: {error}; it is sought in {here} and among the installed modules") from error
+    except (Exception, SystemExit) as error:
+        raise FactoryError(f"{module_name} cannot be imported: {_last_line(error)}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
         raise FactoryError(f"{module_name} has no function {name!r}")
     if _needs_arguments(factory):
         raise FactoryError(f"{spec} must be a function without arguments, got {name}{inspect.signature(factory)}")
     return factory  # type: ignore[no-any-return]
+
+
+def _last_line(error: BaseException) -> str:
+    """What went wrong as the last line of its traceback says it, and where in the user's own files."""
+    return " ".join("".join(traceback.format_exception_only(type(error), error)[-1:]).split()) + _place(error)
+
+
+def _place(error: BaseException) -> str:
+    ours, here = Path(__file__).parent, Path.cwd()
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if here in path.parents and ours not in path.parents and "site-packages" not in path.parts:
+            return f" ({path.relative_to(here)}, line {frame.lineno})"
+    return ""
 
 
 def _needs_arguments(factory: Callable[..., Any]) -> bool:
@@ -141,21 +181,45 @@ def _needs_arguments(factory: Callable[..., Any]) -> bool:
 
 
 def run(spec: str, as_json: bool, console: Console) -> None:
-    """Print the table (or JSON) of the model and batch that ``spec`` makes."""
-    made = load_factory(spec)()
-    if not isinstance(made, tuple) or len(made) not in (3, 4) or not isinstance(made[0], nn.Module):
-        raise FactoryError(
-            f"{spec} must return (model, criterion, inputs, targets), targets left out where criterion is None; "
-            f"it returned {type(made).__name__}"
-        )
-    try:
-        rates = starting_rates(*made)
-    except (TypeError, ValueError, RuntimeError) as error:  # torch's own for shapes that do not fit is a RuntimeError
-        raise FactoryError(f"{spec}: {error}") from error
+    """Print the table (or JSON) of the model and batch that ``spec`` makes. What the factory prints goes to stderr.
+
+    Raises:
+        FactoryError: the factory cannot be used, or its batch not measured, whatever the reason.
+    """
+    with contextlib.redirect_stdout(sys.stderr):  # so that JSON stays JSON
+        rates = _measured(spec)
     if as_json:
         print(json.dumps([_finite(asdict(rate)) for rate in rates], indent=2, allow_nan=False))
     else:
         console.print(_table(rates))
+
+
+def _measured(spec: str) -> list[StartingRate]:
+    factory = load_factory(spec)
+    try:
+        made = factory()
+    except (Exception, SystemExit) as error:
+        raise FactoryError(f"{spec} failed: {_last_line(error)}") from error
+    if not isinstance(made, tuple) or len(made) not in (3, 4) or not isinstance(made[0], nn.Module):
+        raise FactoryError(
+            f"{spec} must return (model, criterion, inputs, targets), targets left out where criterion is None; "
+            f"it returned {_described(made)}"
+        )
+    if len(made) == 3 and made[1] is not None:
+        raise FactoryError(f"{spec} must return targets too, (model, criterion, inputs, targets), or criterion None")
+    try:
+        return starting_rates(*made)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch's own for shapes that do not fit, and ours
+        advice = "; inputs is a list, so one argument: return a tuple for several" if isinstance(made[2], list) else ""
+        raise FactoryError(f"{spec}: {error}{_place(error)}{advice}") from error
+    except (Exception, SystemExit) as error:
+        raise FactoryError(f"{spec}: {_last_line(error)}") from error
+
+
+def _described(made: Any) -> str:
+    if not isinstance(made, tuple):
+        return f"a {type(made).__name__}"
+    return f"({', '.join(type(item).__name__ for item in made[:6])})"
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

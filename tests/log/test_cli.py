@@ -275,7 +275,7 @@ def test_watch_waits_for_logs_shows_them_grow_and_ends_on_ctrl_c(tmp_path):
 def test_report_imports_neither_torch_nor_matplotlib(tmp_path):
     code = (
         "import sys; from catapult_opt.cli import _parser, main; status = main(sys.argv[1:])\n"
-        "print(sorted({'torch', 'matplotlib', 'numpy', 'scipy'} & sys.modules.keys()), file=sys.stderr)"
+        "print(sorted({'torch', 'matplotlib', 'scipy', 'pandas'} & sys.modules.keys()), file=sys.stderr)"
     )
     path = write_run(tmp_path / "run.jsonl")
     done = subprocess.run([sys.executable, "-c", code, "report", path], capture_output=True, text=True, timeout=60)

@@ -339,13 +339,11 @@ def test_plot_shows_the_runs_numbers():
     assert list(rates.lines[0].get_ydata()) == list(ETA_CRIT.values())
     assert list(rates.lines[1].get_ydata()) == [0.1] * 8
     assert list(curvature.lines[0].get_ydata()) == [2 / critical for critical in ETA_CRIT.values()]
-    shaded = [patch.get_extents().transformed(loss.transData.inverted()) for patch in loss.patches]
-    assert [(box.x0, box.x1) for box in shaded] == [pytest.approx((1.5, 3.5)), pytest.approx((5.5, 6.5))]
-    assert [line.get_xdata()[0] for line in loss.lines[1:]] == [
-        3,
-        6,
-        7,
-    ]  # the catapult's peak, the collapse, the restore
+    shaded, *marks = loss.collections  # each one collection, however many there are
+    spans = [path.get_extents() for path in shaded.get_paths()]
+    assert [(box.x0, box.x1) for box in spans] == [(1.5, 3.5), (5.5, 6.5)]
+    marked = {mark.get_label(): [segment[0][0] for segment in mark.get_segments()] for mark in marks}
+    assert marked == {"catapult": [3], "collapse": [6], "undone": [7]}
 
 
 def test_plot_takes_the_users_axes_and_saves_runs_side_by_side(tmp_path):
