@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from catapult_opt import critical_lr
+from catapult_opt.catapults import is_super_critical
 from catapult_opt.checks import check_whole_number
 from catapult_opt.curvature.gram import NotLayerwise, gram_kernel
 from catapult_opt.measure import trainable
@@ -240,19 +241,19 @@ def critical_rates(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[f
     return hessian.eta_crit, critical_rate(ntk(model, inputs), n)
 
 
-def match_rate(losses: Sequence[float], rates: Sequence[float], lr: float) -> float:
-    """Of the steps after which the loss is higher, the share whose batch had a critical rate below ``lr``.
+def match_rate(losses: Sequence[float], rates: Sequence[float], lr: float | Sequence[float]) -> float:
+    """Of the steps after which the loss is higher, the share with ``lr`` above the critical rate of their batch.
 
     Args:
         losses: training loss before every step, and after the last: one more than there are rates.
         rates: eta_crit of every step's batch, before the step.
-        lr: the constant learning rate.
+        lr: the constant learning rate, or that of every step.
 
     Returns:
         A share in [0, 1]; NaN where the loss never rises.
 
     Raises:
-        ValueError: not one loss more than there are rates.
+        ValueError: not one loss more than there are rates, or not as many learning rates.
 
     Source: thesis Table 4.2.
 
@@ -261,5 +262,9 @@ def match_rate(losses: Sequence[float], rates: Sequence[float], lr: float) -> fl
     """
     if len(losses) != len(rates) + 1:
         raise ValueError(f"losses must be one more than rates, got {len(losses)} and {len(rates)}")
-    rising = [rate for rate, before, after in zip(rates, losses, losses[1:], strict=False) if after > before]
-    return sum(lr > rate for rate in rising) / len(rising) if rising else math.nan
+    applied = [lr] * len(rates) if isinstance(lr, (int, float)) else lr
+    if len(applied) != len(rates):
+        raise ValueError(f"lr must be one number or one for each of the {len(rates)} rates, got {len(applied)}")
+    above = [is_super_critical(*pair) for pair in zip(applied, rates, strict=True)]
+    rising = [flag for flag, before, after in zip(above, losses, losses[1:], strict=False) if after > before]
+    return sum(rising) / len(rising) if rising else math.nan

@@ -223,6 +223,7 @@ def test_critical_rate_of_a_dead_network_is_infinite():
 
 def test_match_rate():
     assert match_rate([1, 2, 3, 2, 4], [0.1, 0.9, 0.1, 0.2], 0.5) == pytest.approx(2 / 3)
+    assert match_rate([1, 2, 3], [0.1, 0.9], [0.05, 1.0]) == 0.5  # a rate for every step
     assert math.isnan(match_rate([3, 2, 1], [0.1, 0.1], 0.5))
     with pytest.raises(ValueError, match="losses must be one more than rates, got 2 and 2"):
         match_rate([1, 2], [1, 2], 1)
