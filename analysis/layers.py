@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Layers", "NTKConv2d", "NTKLinear", "whole_size"]
+Bias = bool | Literal["hidden"] | None
+
+__all__ = ["Bias", "Layers", "NTKConv2d", "NTKLinear", "whole_size"]
 
 
 class NTKLinear(nn.Module):
@@ -113,19 +116,23 @@ class NTKConv2d(nn.Module):
 
 
 class Layers:
-    """Makes the layers of one parameterisation, "ntk" or "torch"."""
+    """Makes the layers of one parameterisation, "ntk" or "torch"; ``output`` marks the last one."""
 
-    def __init__(self, parameterization: str, bias: bool | None, generator: torch.Generator | None) -> None:
+    def __init__(self, parameterization: str, bias: Bias, generator: torch.Generator | None) -> None:
         if parameterization not in ("ntk", "torch"):
             raise ValueError(f"parameterization must be 'ntk' or 'torch', got {parameterization!r}")
+        if not (bias is None or isinstance(bias, bool) or bias == "hidden"):
+            raise ValueError(f"bias must be True, False, None or 'hidden', got {bias!r}")
         self.ntk = parameterization == "ntk"
-        self.bias = not self.ntk if bias is None else bias
+        choice = not self.ntk if bias is None else bias
+        self.bias, self.output_bias = bool(choice), choice is True
         self.generator = generator
 
-    def linear(self, fan_in: int, fan_out: int) -> nn.Module:
+    def linear(self, fan_in: int, fan_out: int, *, output: bool = False) -> nn.Module:
+        bias = self.output_bias if output else self.bias
         if self.ntk:
-            return NTKLinear(fan_in, fan_out, self.bias, generator=self.generator)
-        return self._default(nn.Linear(fan_in, fan_out, self.bias))
+            return NTKLinear(fan_in, fan_out, bias, generator=self.generator)
+        return self._default(nn.Linear(fan_in, fan_out, bias))
 
     def conv(self, fan_in: int, fan_out: int, kernel_size: int = 3, stride: int = 1) -> nn.Module:
         if self.ntk:

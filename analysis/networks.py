@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import Layers, NTKConv2d, NTKLinear, whole_size
+from .layers import Bias, Layers, NTKConv2d, NTKLinear, whole_size
 
 __all__ = ["NTKConv2d", "NTKLinear", "cnn", "mlp", "myrtle5", "ntk_mlp", "scale_weights_", "vit", "wide_resnet"]
 
@@ -25,7 +25,7 @@ def mlp(
     d_out: int = 1,
     *,
     parameterization: str = "ntk",
-    bias: bool | None = None,
+    bias: Bias = None,
     generator: torch.Generator | None = None,
 ) -> nn.Sequential:
     """A ReLU network of ``depth`` weight layers that flattens its inputs, (n, ...) of d_in entries -> (n, d_out).
@@ -33,7 +33,8 @@ def mlp(
     Args:
         d_in, width, depth, d_out: integers of at least 1; with ``depth=1`` there is no hidden layer.
         parameterization: "ntk", or "torch" for PyTorch's default.
-        bias: by default PyTorch's layers have biases and those in NTK parameterisation none (see `NTKLinear`).
+        bias: by default PyTorch's layers have biases and those in NTK parameterisation none (see `NTKLinear`); "hidden"
+            for all layers but the last, as the critical rates of thesis Section 4.3 suggest (artefact critical-rates).
         generator: source of the weights; the global generator without one.
 
     Raises:
@@ -51,9 +52,9 @@ def mlp(
         + [whole_size("d_out", d_out)]
     )
     layers: list[nn.Module] = [nn.Flatten()]
-    for fan_in, fan_out in pairwise(sizes):
+    for fan_in, fan_out in pairwise(sizes[:-1]):
         layers += [make.linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    return nn.Sequential(*layers, make.linear(sizes[-2], sizes[-1], output=True))
 
 
 def cnn(
@@ -64,7 +65,7 @@ def cnn(
     d_out: int = 1,
     *,
     parameterization: str = "ntk",
-    bias: bool | None = None,
+    bias: Bias = None,
     generator: torch.Generator | None = None,
 ) -> nn.Sequential:
     """A ReLU network of ``depth - 1`` 3x3 convolutions at stride 1 and a linear layer on the flattened image.
@@ -90,7 +91,7 @@ def cnn(
     layers: list[nn.Module] = []
     for fan_in in [channels] + [width] * (depth - 2):
         layers += [make.conv(fan_in, width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), make.linear(width * size**2, d_out))
+    return nn.Sequential(*layers, nn.Flatten(), make.linear(width * size**2, d_out, output=True))
 
 
 def myrtle5(
@@ -99,7 +100,7 @@ def myrtle5(
     d_out: int = 1,
     *,
     parameterization: str = "ntk",
-    bias: bool | None = None,
+    bias: Bias = None,
     generator: torch.Generator | None = None,
 ) -> nn.Sequential:
     """The 5-layer Myrtle network: four 3x3 convolutions, halving after the second, third and fourth, mean, linear.
@@ -116,7 +117,7 @@ def myrtle5(
     layers: list[nn.Module] = []
     for i, fan_in in enumerate([channels, width, width, width]):
         layers += [make.conv(fan_in, width), nn.ReLU(), *([nn.AvgPool2d(2)] if i else [])]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), make.linear(width, d_out))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), make.linear(width, d_out, output=True))
 
 
 class _ResidualBlock(nn.Module):
@@ -146,18 +147,19 @@ def wide_resnet(
     widen: float = 10,
     norm: bool = True,
     parameterization: str = "ntk",
+    bias: Bias = False,
     generator: torch.Generator | None = None,
 ) -> nn.Sequential:
     """A pre-activation Wide ResNet of ``depth`` = 6 N + 4 layers, (n, channels, h, w) -> (n, d_out).
 
     Three groups of N blocks with 16, 32 and 64 times ``widen`` channels, the second and third at stride 2.
-    No layer has a bias.
 
     Args:
         channels, d_out: as for `cnn`.
         depth: 10, 16, 22, ...
         widen: 10 in the thesis; below 1 for a net smaller than the narrowest.
         norm: BatchNorm, in train mode at first.
+        bias: as for `mlp`, but none by default.
         parameterization, generator: as for `mlp`.
 
     Raises:
@@ -170,7 +172,7 @@ def wide_resnet(
     """
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f"depth must be 10, 16, 22, ..., got {depth}")
-    make = Layers(parameterization, False, generator)
+    make = Layers(parameterization, bias, generator)
     widths = [max(1, round(base * widen)) for base in (16, 32, 64)]
     layers: list[nn.Module] = [make.conv(channels, 16)]
     fan_in = 16
@@ -179,7 +181,9 @@ def wide_resnet(
             layers.append(_ResidualBlock(make, fan_in, width, 2 if group and not block else 1, norm))
             fan_in = width
     last = nn.BatchNorm2d(fan_in) if norm else nn.Identity()
-    return nn.Sequential(*layers, last, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), make.linear(fan_in, d_out))
+    return nn.Sequential(
+        *layers, last, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), make.linear(fan_in, d_out, output=True)
+    )
 
 
 class _TransformerBlock(nn.Module):
@@ -213,7 +217,7 @@ class _VisionTransformer(nn.Module):
         self.places = nn.Parameter(places if make.ntk else 0.02 * places)
         self.blocks = nn.Sequential(*(_TransformerBlock(make, width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
-        self.head = make.linear(width, d_out)
+        self.head = make.linear(width, d_out, output=True)
 
     def forward(self, x: Tensor) -> Tensor:
         patches = F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)
@@ -232,7 +236,7 @@ def vit(
     heads: int = 3,
     patch: int = 4,
     parameterization: str = "ntk",
-    bias: bool | None = None,
+    bias: Bias = None,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
     """A vision transformer with ReLU, learned places and the mean over tokens, (n, channels, size, size) -> (n, d_out).

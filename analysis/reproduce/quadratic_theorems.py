@@ -1,4 +1,4 @@
-"""The theorems of chapter 3 as measurements: regimes, orders of the peak, equilibria, divergence, Proposition B.13.1."""
+"""The theorems of chapter 3 as measurements: regimes, peaks, equilibria, divergence, Proposition B.13.1."""
 
 from __future__ import annotations
 

@@ -42,8 +42,7 @@ def _rates(problem: Setting, eta_crit: float) -> list[float]:
 def _run(setting: Setting, case: Case, data: Data) -> Result:
     problem = problem_of(setting, case)
     (train,) = examples(problem, problem.get("n", setting["n"]), case["seed"], data)
-    options = {"parameterization": "torch"} if problem.get("parameterization") == "torch" else {}
-    model = network(problem, train, case["seed"], **options)
+    model = network(problem, train, case["seed"])
     eta_crit = critical_rate(ntk(model, train.inputs), len(train))
     found = trace(
         model,
