@@ -21,7 +21,7 @@ from . import formats
 from .formats import DataError, Raw
 from .tasks import Split
 
-__all__ = ["Data", "DataError", "DataSet", "standardized", "with_label_noise"]
+__all__ = ["Data", "DataError", "DataSet", "averaged", "standardized", "with_label_noise"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +62,18 @@ def standardized(train: Split, *others: Split) -> list[Split]:
     mean = train.inputs.mean(axes, keepdim=True)
     scale = train.inputs.std(axes, keepdim=True).clamp_min(1e-12)
     return [replace(split, inputs=(split.inputs - mean) / scale) for split in (train, *others)]
+
+
+def averaged(split: Split, size: int) -> Split:
+    """Images (n, channels, h, w) reduced to ``size`` by ``size`` by averaging squares of pixels.
+
+    Raises:
+        ValueError: the side of the images is not a multiple of ``size``.
+    """
+    side = split.inputs.shape[-1]
+    if side % size:
+        raise ValueError(f"size must divide the side of the images, {side}, got {size}")
+    return replace(split, inputs=torch.nn.functional.avg_pool2d(split.inputs, side // size))
 
 
 def with_label_noise(split: Split, fraction: float, seed: int = 0) -> Split:

@@ -13,138 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .layers import Bias, Layers, NTKConv2d, NTKLinear, whole_size
+
 __all__ = ["NTKConv2d", "NTKLinear", "cnn", "mlp", "myrtle5", "ntk_mlp", "scale_weights_", "vit", "wide_resnet"]
-
-
-class NTKLinear(nn.Module):
-    """A linear layer in NTK parameterisation: ``x -> x W^T / sqrt(in_features) + b``.
-
-    Every entry of ``weight`` (out_features, in_features) is drawn from N(0, 1): the scale that other parameterisations
-    put into the initial weights stands in the forward pass, so it also scales the gradient, and the critical learning
-    rate does not vanish as the layer is widened. ``bias`` (out_features,) is absent by default and starts at zero where
-    asked for: Appendix C.6 writes ``+ b`` but draws only the *weights* from N(0, 1), and the numbers of Table 4.1
-    come out without biases.
-
-    Args:
-        in_features, out_features: sizes, at least 1.
-        bias: add a trainable bias.
-        generator: source of the weights; the global generator without one.
-
-    Raises:
-        TypeError, ValueError: a size is not an integer of at least 1.
-
-    Source: thesis Appendix C.6, "NTK parameterization".
-
-    >>> layer = NTKLinear(4, 3, generator=torch.Generator().manual_seed(0))
-    >>> x = torch.ones(2, 4)
-    >>> torch.equal(layer(x), x @ layer.weight.T / 2)
-    True
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = False,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features = _size("in_features", in_features)
-        self.out_features = _size("out_features", out_features)
-        self.weight = nn.Parameter(torch.randn(out_features, in_features, generator=generator))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        # The scale goes where there are fewer numbers to multiply: on wide layers it would cost a tenth of a step.
-        scale = 1.0 / math.sqrt(self.in_features)
-        if self.in_features <= self.out_features:
-            outputs = F.linear(x * scale, self.weight)
-        else:
-            outputs = F.linear(x, self.weight) * scale
-        return outputs if self.bias is None else outputs + self.bias
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
-
-
-class NTKConv2d(nn.Module):
-    """A square convolution in NTK parameterisation: ``conv(x, W) / sqrt(in_channels kernel_size^2) + b``.
-
-    As `NTKLinear`: weights (out_channels, in_channels, kernel_size, kernel_size) from N(0, 1), no bias by default. Zero
-    padding keeps height and width at stride 1 and an odd kernel_size. (The filter indices printed in Appendix C.6 run
-    to (s+1)/2, with s^2 in the scale: taken as the s by s filter that the scale says.)
-
-    Args:
-        in_channels, out_channels, kernel_size, stride: integers of at least 1.
-        bias: add a trainable bias, zero at the start.
-        generator: source of the weights; the global generator without one.
-
-    Raises:
-        TypeError, ValueError: a size is not an integer of at least 1.
-
-    Source: thesis Appendix C.6, "NTK parameterization".
-
-    >>> NTKConv2d(3, 8)(torch.zeros(2, 3, 32, 32)).shape
-    torch.Size([2, 8, 32, 32])
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 3,
-        stride: int = 1,
-        bias: bool = False,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_channels = _size("in_channels", in_channels)
-        self.out_channels = _size("out_channels", out_channels)
-        self.kernel_size = _size("kernel_size", kernel_size)
-        self.stride = _size("stride", stride)
-        self.padding = (kernel_size - 1) // 2
-        self.scale = 1.0 / math.sqrt(in_channels * kernel_size**2)
-        shape = out_channels, in_channels, kernel_size, kernel_size
-        self.weight = nn.Parameter(torch.randn(shape, generator=generator))
-        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, in_channels, h, w) -> (n, out_channels, h', w')."""
-        # Scaling the weights is cheapest here: they are far fewer than the pixels.
-        return F.conv2d(x, self.weight * self.scale, self.bias, self.stride, self.padding)
-
-
-class _Layers:
-    """Makes the layers of one parameterisation, "ntk" or "torch"."""
-
-    def __init__(self, parameterization: str, bias: bool | None, generator: torch.Generator | None) -> None:
-        if parameterization not in ("ntk", "torch"):
-            raise ValueError(f"parameterization must be 'ntk' or 'torch', got {parameterization!r}")
-        self.ntk = parameterization == "ntk"
-        self.bias = not self.ntk if bias is None else bias
-        self.generator = generator
-
-    def linear(self, fan_in: int, fan_out: int) -> nn.Module:
-        if self.ntk:
-            return NTKLinear(fan_in, fan_out, self.bias, generator=self.generator)
-        return self._default(nn.Linear(fan_in, fan_out, self.bias))
-
-    def conv(self, fan_in: int, fan_out: int, kernel_size: int = 3, stride: int = 1) -> nn.Module:
-        if self.ntk:
-            return NTKConv2d(fan_in, fan_out, kernel_size, stride, self.bias, generator=self.generator)
-        padding = (kernel_size - 1) // 2
-        return self._default(nn.Conv2d(fan_in, fan_out, kernel_size, stride, padding, bias=self.bias))
-
-    def _default(self, layer: nn.Linear | nn.Conv2d) -> nn.Module:
-        """PyTorch's default, U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases, from our generator."""
-        bound = 1.0 / math.sqrt(layer.weight[0].numel())
-        with torch.no_grad():
-            for p in layer.parameters():
-                p.uniform_(-bound, bound, generator=self.generator)
-        return layer
 
 
 def mlp(
@@ -154,7 +25,7 @@ def mlp(
     d_out: int = 1,
     *,
     parameterization: str = "ntk",
-    bias: bool | None = None,
+    bias: Bias = None,
     generator: torch.Generator | None = None,
 ) -> nn.Sequential:
     """A ReLU network of ``depth`` weight layers that flattens its inputs, (n, ...) of d_in entries -> (n, d_out).
@@ -162,7 +33,8 @@ def mlp(
     Args:
         d_in, width, depth, d_out: integers of at least 1; with ``depth=1`` there is no hidden layer.
         parameterization: "ntk", or "torch" for PyTorch's default.
-        bias: by default PyTorch's layers have biases and those in NTK parameterisation none (see `NTKLinear`).
+        bias: by default PyTorch's layers have biases and those in NTK parameterisation none (see `NTKLinear`); "hidden"
+            for all layers but the last, as the critical rates of thesis Section 4.3 suggest (artefact critical-rates).
         generator: source of the weights; the global generator without one.
 
     Raises:
@@ -173,12 +45,16 @@ def mlp(
     >>> mlp(12, 8, 3)(torch.zeros(5, 3, 2, 2)).shape
     torch.Size([5, 1])
     """
-    make = _Layers(parameterization, bias, generator)
-    sizes = [_size("d_in", d_in)] + [_size("width", width)] * (_size("depth", depth) - 1) + [_size("d_out", d_out)]
+    make = Layers(parameterization, bias, generator)
+    sizes = (
+        [whole_size("d_in", d_in)]
+        + [whole_size("width", width)] * (whole_size("depth", depth) - 1)
+        + [whole_size("d_out", d_out)]
+    )
     layers: list[nn.Module] = [nn.Flatten()]
-    for fan_in, fan_out in pairwise(sizes):
+    for fan_in, fan_out in pairwise(sizes[:-1]):
         layers += [make.linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    return nn.Sequential(*layers, make.linear(sizes[-2], sizes[-1], output=True))
 
 
 def cnn(
@@ -189,7 +65,7 @@ def cnn(
     d_out: int = 1,
     *,
     parameterization: str = "ntk",
-    bias: bool | None = None,
+    bias: Bias = None,
     generator: torch.Generator | None = None,
 ) -> nn.Sequential:
     """A ReLU network of ``depth - 1`` 3x3 convolutions at stride 1 and a linear layer on the flattened image.
@@ -208,14 +84,14 @@ def cnn(
     >>> cnn(3, 4, depth=5, size=8)(torch.zeros(2, 3, 8, 8)).shape
     torch.Size([2, 1])
     """
-    make = _Layers(parameterization, bias, generator)
-    _size("size", size)
-    if _size("depth", depth) < 2:
+    make = Layers(parameterization, bias, generator)
+    whole_size("size", size)
+    if whole_size("depth", depth) < 2:
         raise ValueError(f"depth must be at least 2, got {depth}")
     layers: list[nn.Module] = []
     for fan_in in [channels] + [width] * (depth - 2):
         layers += [make.conv(fan_in, width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), make.linear(width * size**2, d_out))
+    return nn.Sequential(*layers, nn.Flatten(), make.linear(width * size**2, d_out, output=True))
 
 
 def myrtle5(
@@ -224,7 +100,7 @@ def myrtle5(
     d_out: int = 1,
     *,
     parameterization: str = "ntk",
-    bias: bool | None = None,
+    bias: Bias = None,
     generator: torch.Generator | None = None,
 ) -> nn.Sequential:
     """The 5-layer Myrtle network: four 3x3 convolutions, halving after the second, third and fourth, mean, linear.
@@ -237,17 +113,17 @@ def myrtle5(
     >>> myrtle5(3, 4, 10)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    make = _Layers(parameterization, bias, generator)
+    make = Layers(parameterization, bias, generator)
     layers: list[nn.Module] = []
     for i, fan_in in enumerate([channels, width, width, width]):
         layers += [make.conv(fan_in, width), nn.ReLU(), *([nn.AvgPool2d(2)] if i else [])]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), make.linear(width, d_out))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), make.linear(width, d_out, output=True))
 
 
 class _ResidualBlock(nn.Module):
     """norm, ReLU, conv, norm, ReLU, conv; the shortcut is a 1x1 convolution where the shape changes."""
 
-    def __init__(self, make: _Layers, fan_in: int, width: int, stride: int, norm: bool) -> None:
+    def __init__(self, make: Layers, fan_in: int, width: int, stride: int, norm: bool) -> None:
         super().__init__()
         self.norm1 = nn.BatchNorm2d(fan_in) if norm else nn.Identity()
         self.conv1 = make.conv(fan_in, width, 3, stride)
@@ -271,18 +147,19 @@ def wide_resnet(
     widen: float = 10,
     norm: bool = True,
     parameterization: str = "ntk",
+    bias: Bias = False,
     generator: torch.Generator | None = None,
 ) -> nn.Sequential:
     """A pre-activation Wide ResNet of ``depth`` = 6 N + 4 layers, (n, channels, h, w) -> (n, d_out).
 
     Three groups of N blocks with 16, 32 and 64 times ``widen`` channels, the second and third at stride 2.
-    No layer has a bias.
 
     Args:
         channels, d_out: as for `cnn`.
         depth: 10, 16, 22, ...
         widen: 10 in the thesis; below 1 for a net smaller than the narrowest.
         norm: BatchNorm, in train mode at first.
+        bias: as for `mlp`, but none by default.
         parameterization, generator: as for `mlp`.
 
     Raises:
@@ -295,7 +172,7 @@ def wide_resnet(
     """
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f"depth must be 10, 16, 22, ..., got {depth}")
-    make = _Layers(parameterization, False, generator)
+    make = Layers(parameterization, bias, generator)
     widths = [max(1, round(base * widen)) for base in (16, 32, 64)]
     layers: list[nn.Module] = [make.conv(channels, 16)]
     fan_in = 16
@@ -304,13 +181,15 @@ def wide_resnet(
             layers.append(_ResidualBlock(make, fan_in, width, 2 if group and not block else 1, norm))
             fan_in = width
     last = nn.BatchNorm2d(fan_in) if norm else nn.Identity()
-    return nn.Sequential(*layers, last, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), make.linear(fan_in, d_out))
+    return nn.Sequential(
+        *layers, last, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), make.linear(fan_in, d_out, output=True)
+    )
 
 
 class _TransformerBlock(nn.Module):
     """Attention and a two-layer network, each after a LayerNorm and beside a shortcut."""
 
-    def __init__(self, make: _Layers, width: int, heads: int) -> None:
+    def __init__(self, make: Layers, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -329,7 +208,7 @@ class _TransformerBlock(nn.Module):
 
 class _VisionTransformer(nn.Module):
     def __init__(
-        self, make: _Layers, channels: int, size: int, patch: int, width: int, depth: int, heads: int, d_out: int
+        self, make: Layers, channels: int, size: int, patch: int, width: int, depth: int, heads: int, d_out: int
     ) -> None:
         super().__init__()
         self.patch = patch
@@ -338,7 +217,7 @@ class _VisionTransformer(nn.Module):
         self.places = nn.Parameter(places if make.ntk else 0.02 * places)
         self.blocks = nn.Sequential(*(_TransformerBlock(make, width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
-        self.head = make.linear(width, d_out)
+        self.head = make.linear(width, d_out, output=True)
 
     def forward(self, x: Tensor) -> Tensor:
         patches = F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)
@@ -357,7 +236,7 @@ def vit(
     heads: int = 3,
     patch: int = 4,
     parameterization: str = "ntk",
-    bias: bool | None = None,
+    bias: Bias = None,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
     """A vision transformer with ReLU, learned places and the mean over tokens, (n, channels, size, size) -> (n, d_out).
@@ -379,7 +258,7 @@ def vit(
     """
     if size % patch or width % heads:
         raise ValueError(f"patch {patch} must divide size {size}, and heads {heads} width {width}")
-    make = _Layers(parameterization, bias, generator)
+    make = Layers(parameterization, bias, generator)
     return _VisionTransformer(make, channels, size, patch, width, depth, heads, d_out)
 
 
@@ -433,18 +312,14 @@ def ntk_mlp(
     >>> [type(layer).__name__ for layer in model], model(torch.zeros(5, 100)).shape
     (['NTKLinear', 'ReLU', 'NTKLinear'], torch.Size([5, 1]))
     """
-    sizes = [_size("d_in", d_in)] + [_size("width", width)] * (_size("depth", depth) - 1) + [_size("d_out", d_out)]
+    sizes = (
+        [whole_size("d_in", d_in)]
+        + [whole_size("width", width)] * (whole_size("depth", depth) - 1)
+        + [whole_size("d_out", d_out)]
+    )
     if not callable(activation) or isinstance(activation, nn.Module):
         raise TypeError(f"activation must make a module (nn.ReLU, not nn.ReLU()), got {activation!r}")
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(sizes):
         layers += [NTKLinear(fan_in, fan_out, bias, generator=generator), activation()]
     return nn.Sequential(*layers[:-1])
-
-
-def _size(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value

@@ -1,23 +1,23 @@
 """Neural networks from any directed acyclic graph, and how close to linear in their weights they are (thesis ch. 2)."""
 
-from .graph import DAG, add_bottlenecks, conv1d, densenet, drop_edges, fcn, with_skips
+from .builders import add_bottlenecks, conv1d, densenet, drop_edges, fcn, with_skips
+from .graph import DAG
 from .measures import (
     HessianNorm,
     KernelChange,
     Linearization,
     PLStar,
-    Slope,
     gradient_norm,
     gradient_norm_bound,
     hessian_norm,
     hessian_norm_in_ball,
-    log_log_slope,
     pl_star,
     points_in_ball,
     tangent_kernel,
 )
 from .network import DAGNetwork
 from .picture import draw_layers
+from .slopes import Slope, log_log_slope
 
 __all__ = [
     "DAG",

@@ -12,7 +12,7 @@ from .dynamics import (
     scalar_trajectory,
 )
 from .expansions import LinearModel, QuadraticModel
-from .measures import jacobian, output_hessians, tangent_kernel
+from .measures import jacobian, output_hessians
 from .regimes import (
     Equilibrium,
     Observation,
@@ -51,6 +51,5 @@ __all__ = [
     "scalar_step",
     "scalar_step_jacobian",
     "scalar_trajectory",
-    "tangent_kernel",
     "two_layer_start",
 ]

@@ -1,4 +1,4 @@
-"""Jacobian, tangent kernel and Hessians of a module's outputs with respect to its weights, dense: for small models."""
+"""Jacobian and Hessians of a module's outputs with respect to its weights, dense: for small models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from catapult_opt.replay import preserved
 
 from .written_out import twice_differentiable
 
-__all__ = ["jacobian", "output_hessians", "tangent_kernel"]
+__all__ = ["jacobian", "output_hessians"]
 
 
 def jacobian(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -29,20 +29,6 @@ def jacobian(model: nn.Module, inputs: Tensor) -> Tensor:
     """
     with _outputs(model, inputs) as (outputs, parameters):
         return _rows(outputs, parameters)
-
-
-def tangent_kernel(model: nn.Module, inputs: Tensor) -> Tensor:
-    """``K = J J^T`` at the present weights, (n c, n c), without any factor; J is `jacobian`.
-
-    For `LinearModel` it is the constant K(w0); for `QuadraticModel` it moves with w, as J(w) = J(w0) + H (w - w0).
-
-    Source: thesis Eq. 3.5.
-
-    >>> tangent_kernel(nn.Linear(2, 1), torch.tensor([[3.0, 4.0]]))
-    tensor([[26.]])
-    """
-    rows = jacobian(model, inputs)
-    return rows @ rows.T
 
 
 def output_hessians(model: nn.Module, inputs: Tensor) -> Tensor:

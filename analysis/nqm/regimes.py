@@ -87,7 +87,8 @@ def observe(losses: Sequence[float] | Array, kernels: Sequence[float] | Array, *
     """The regime that a run's losses show.
 
     Divergent: a loss that is not finite, or that ends above where it began. Catapult: it rose above ``rise`` times the
-    first and came back below it. Monotone: else.
+    first and came back below it. Monotone: else. ``rise`` is lower than the spikes of `catapult_opt.catapults`, because
+    these dynamics have no noise and Theorem 3.3.1's peaks are low just above 2/lambda.
 
     Raises:
         ValueError: no losses, or not as many kernels.

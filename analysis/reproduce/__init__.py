@@ -9,12 +9,22 @@ from . import (
     batch_sizes,
     catapults,
     features,
+    gradients,
+    hessian_rates,
+    kernel_change,
     linearity,
+    one_example,
+    optimizers,
+    printed_rates,
     quadratic,
+    quadratic_directions,
     quadratic_features,
+    quadratic_spaces,
     quadratic_test_loss,
     quadratic_theorems,
+    raised_rates,
     sgd,
+    small_rates,
 )
 from .artefact import Artefact, Verdict
 
@@ -22,16 +32,26 @@ __all__ = ["ARTEFACTS", "Artefact", "Verdict"]
 
 # One module a group of artefacts that belong together.
 _MODULES = (
-    linearity,
-    quadratic,
-    quadratic_test_loss,
-    quadratic_theorems,
-    quadratic_features,
+    automatic,
     batch_sizes,
     catapults,
     features,
+    gradients,
+    hessian_rates,
+    kernel_change,
+    linearity,
+    one_example,
+    optimizers,
+    printed_rates,
+    quadratic,
+    quadratic_directions,
+    quadratic_features,
+    quadratic_spaces,
+    quadratic_test_loss,
+    quadratic_theorems,
+    raised_rates,
     sgd,
-    automatic,
+    small_rates,
 )
 
 

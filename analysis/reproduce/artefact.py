@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,20 @@ from ..datasets import Data
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SCALES", "Artefact", "Case", "Data", "Outcome", "Record", "Result", "Setting", "Verdict", "mean_sd"]
+__all__ = [
+    "SCALES",
+    "Artefact",
+    "Case",
+    "Data",
+    "Outcome",
+    "Record",
+    "Result",
+    "Setting",
+    "Verdict",
+    "graded",
+    "mean_sd",
+    "verdict_on",
+]
 
 Setting = Mapping[str, Any]  # plain JSON values; "seeds" is the number of repetitions
 Case = dict[str, Any]  # plain JSON values, with "seed"
@@ -86,3 +99,18 @@ def mean_sd(values: Iterable[float], digits: int = 2) -> str:
         return "none" + missing
     spread = f" ± {np.std(finite, ddof=1):.{digits}f}" if len(finite) > 1 else ""
     return f"{np.mean(finite):.{digits}f}{spread}{missing}"
+
+
+def graded(passed: Sequence[bool], measured: str, failures: Sequence[str], note: str = "") -> Verdict:
+    """holds if all passed, in part if at least half, else fails."""
+    why = " ".join([*dict.fromkeys(failures), note]).strip()
+    if all(passed):
+        return Verdict("holds", measured, why)
+    return Verdict("holds in part" if sum(passed) * 2 >= len(passed) else "fails", measured, why)
+
+
+def verdict_on(shown: Mapping[str, bool], measured: str) -> Verdict:
+    """holds if every statement is shown, in part if any, else fails."""
+    missing = [f"not: {what}" for what, yes in shown.items() if not yes]
+    outcome: Outcome = "holds" if not missing else "fails" if len(missing) == len(shown) else "holds in part"
+    return Verdict(outcome, measured, "; ".join(missing))

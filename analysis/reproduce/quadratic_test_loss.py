@@ -15,16 +15,17 @@ from torch.nn import functional as F
 
 from catapult_opt import critical_lr
 
-from ..networks import NTKLinear, ntk_mlp
+from ..networks import ntk_mlp
 from ..nqm import LinearModel, QuadraticModel
 from ..tasks import Split
 from .artefact import Artefact, Case, Data, Record, Result, Setting, Verdict, mean_sd
+from .quadratic_networks import in_span, two_layer_cnn
 from .training import batches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ARTEFACTS", "in_span", "two_layer_cnn"]
+__all__ = ["ARTEFACTS"]
 
 # A panel: data set, network, activation, "gd" or "sgd".
 Panel = tuple[str, str, str, str]
@@ -47,40 +48,6 @@ _MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {  # from f at w0
 
 
 # ------------------------------------------------------------------------------------------------- networks and data
-
-
-class _Patches(nn.Module):
-    """(n, channels, h, w) -> (n, h w, 9 channels): what a 3 x 3 convolution with padding 1 sees at every place."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.unfold(x, 3, padding=1).mT
-
-
-def two_layer_cnn(
-    channels_in: int, side: int, width: int, d_out: int, activation: Callable[[], nn.Module], generator: torch.Generator
-) -> nn.Sequential:
-    """A 3 x 3 convolution of `width` channels and a linear layer on all of its outputs, in NTK parameterisation.
-
-    The thesis names "two-layer convolutional neural network" and its width only.
-    """
-    first = NTKLinear(9 * channels_in, width, generator=generator)
-    last = NTKLinear(width * side * side, d_out, generator=generator)
-    return nn.Sequential(_Patches(), first, activation(), nn.Flatten(), last)
-
-
-def in_span(train: Split, test: Split) -> list[Split]:
-    """The same inputs in coordinates of the space that they span, where that has fewer dimensions.
-
-    To a network whose first layer is N(0, 1), without biases, this is only another draw of its weights: the coordinates
-    are scaled so that its division by the root of the dimension comes out the same. Training is as much faster.
-    """
-    flat = torch.cat([train.inputs, test.inputs]).flatten(1)
-    d = flat.shape[1]
-    if len(flat) < d:
-        basis = torch.linalg.qr(flat.double().T)[0]
-        flat = (flat.double() @ basis * math.sqrt(basis.shape[1] / d)).to(flat.dtype)
-    inputs = torch.split(flat, [len(train), len(test)])
-    return [Split(x, part.targets) for x, part in zip(inputs, (train, test), strict=True)]
 
 
 def _splits(setting: Setting, panel: Sequence[str], seed: int, data: Data) -> list[Split]:

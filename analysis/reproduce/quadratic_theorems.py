@@ -1,4 +1,4 @@
-"""The theorems of chapter 3 as measurements: regimes, orders of the peak, equilibria, divergence, Appendix B.13."""
+"""The theorems of chapter 3 as measurements: regimes, peaks, equilibria, divergence, Proposition B.13.1."""
 
 from __future__ import annotations
 
@@ -13,26 +13,19 @@ from ..nqm import (
     GeneralQuadraticModel,
     equilibria,
     observe,
-    one_dimensional_step,
     phase_diagram,
     regime,
     scalar_trajectory,
     two_layer_start,
 )
-from .artefact import Artefact, Case, Data, Outcome, Record, Result, Setting, Verdict, mean_sd
+from .artefact import Artefact, Case, Data, Record, Result, Setting, Verdict, mean_sd, verdict_on
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["ARTEFACTS"]
 
-_EXPONENT = 0.9  # "of order at least x": the fitted exponent's confidence interval lies above this
-
-
-def _outcome(shown: dict[str, bool]) -> tuple[Outcome, str]:
-    missing = [f"not: {what}" for what, yes in shown.items() if not yes]
-    outcome: Outcome = "holds" if not missing else "fails" if len(missing) == len(shown) else "holds in part"
-    return outcome, "; ".join(missing)
+EXPONENT = 0.9  # "of order at least x": the fitted exponent's confidence interval lies above this
 
 
 # ----------------------------------------------------------------- one sample: the phase diagram (3.3.1, B.3.1, B.7.1)
@@ -95,15 +88,14 @@ def _judge_phase(setting: Setting, records: list[Record]) -> Verdict:
     shown = {
         "monotone below 2/lambda": monotone[0],
         "catapult between 2/lambda and 4/lambda": catapult[0],
-        "peak of at least the order m / log m": bool(slopes) and all(s.low > _EXPONENT for s in slopes.values()),
+        "peak of at least the order m / log m": bool(slopes) and all(s.low > EXPONENT for s in slopes.values()),
         "loss of order 1 after it, eta lambda below 2": bool(final) and max(final) < 2 and max(ends) < 1,
     }
-    outcome, why = _outcome(shown)
     text = ", ".join(f"{product:g}: {slope}" for product, slope in slopes.items())
     delta = f"; in eta lambda - 2 (up to 1, m = {max(c['width'] for c in cells):,}): {in_delta}" if in_delta else ""
     final_text = f"; eta lambda at the end {min(final):.2f} to {max(final):.2f}" if final else ""
     measured = f"as predicted: {monotone[1]}, {catapult[1]}; exponent of the peak in m / log m at eta lambda {text}"
-    return Verdict(outcome, measured + delta + final_text, why)
+    return verdict_on(shown, measured + delta + final_text)
 
 
 def _judge_divergence(setting: Setting, records: list[Record]) -> Verdict:
@@ -173,7 +165,6 @@ def _judge_equilibria(setting: Setting, records: list[Record]) -> Verdict:
         "where the Jacobian's eigenvalues are 1 - eta lambda and 1": all(apart),
         "every other fixed point is unstable": all(min(r["others"]) > 1 for r in results),
     }
-    outcome, why = _outcome(shown)
     v = [r["v"] for r in results]
     least = min(min(r["others"]) for r in results)
     measured = (
@@ -181,7 +172,7 @@ def _judge_equilibria(setting: Setting, records: list[Record]) -> Verdict:
         f"are in [epsilon, 2 - epsilon] with epsilon = {constant:.2f} log m / sqrt(m), the constant being left open by "
         f"the thesis; least spectral radius of the other fixed points {least:.4f}"
     )
-    return Verdict(outcome, measured, why)
+    return verdict_on(shown, measured)
 
 
 def _draw_equilibria(records: list[Record], figure: Figure) -> None:
@@ -194,99 +185,6 @@ def _draw_equilibria(records: list[Record], figure: Figure) -> None:
     left.set(xlabel="eta lambda_0", ylabel="eta lambda at the end")
     left.legend(fontsize="small")
     right.set(xlabel="eta lambda at the end", ylabel="largest spectral radius, other fixed points")
-
-
-# -------------------------------------------------------------------------- samples of one dimension (Theorem 3.3.6)
-
-
-def _two_directions(m: int, n: int, second: float, seed: int) -> tuple[Any, Any, Any, Any]:
-    """x, y, g(0) and K(0) of a two-layer NQM, from weights that are drawn but not kept.
-
-    Samples of one sign see the same neurons, so that K = sum_s kappa_s a_s a_s^T; ``second`` is |a_-|^2 / |a_+|^2,
-    about lambda_2 / lambda_1.
-    """
-    rng = np.random.default_rng([seed, m])
-    half = n // 2
-    above, below = rng.normal(2, 1, half).clip(0.1), rng.normal(-2, 1, n - half).clip(max=-0.1)
-    x = np.concatenate([above, below * math.sqrt(second * (above @ above) / (below @ below))])
-    u, v = rng.normal(size=m), rng.choice(np.array([-1.0, 1.0]), m)
-    g, kernel = np.zeros(n), np.zeros((n, n))
-    for sign in (1, -1):
-        a = x * (np.sign(x) == sign)
-        active = np.sign(u) == sign
-        g += a * float(v[active] @ u[active]) / math.sqrt(m)
-        kernel += (float(active.sum()) + float(u[active] @ u[active])) / m * np.outer(a, a)
-    return x, np.sign(x), g, kernel
-
-
-def _directions_cases(setting: Setting) -> list[Case]:
-    return [
-        {"width": m, "product": product, "seed": seed}
-        for m in setting["widths"]
-        for product in setting["products"]
-        for seed in range(setting["seeds"])
-    ]
-
-
-def _directions_run(setting: Setting, case: Case, data: Data) -> Result:
-    x, y, g, kernel = _two_directions(case["width"], setting["n"], setting["second"], case["seed"])
-    directions = [x * (x > 0), x * (x < 0)]
-    directions = [a / np.linalg.norm(a) for a in directions]
-    lam = [float(p @ kernel @ p) for p in directions]
-    eta = case["product"] / lam[0]
-    losses: list[list[float]] = [[], []]
-    for _ in range(setting["steps"] + 1):
-        for i, p in enumerate(directions):
-            losses[i].append(0.5 * float((g - y) @ p) ** 2)
-        with np.errstate(over="ignore", invalid="ignore"):
-            g, kernel = one_dimensional_step(g, kernel, x=x, y=y, eta=eta, m=case["width"])
-    return {
-        "products": [eta * value for value in lam],
-        "first": [values[0] for values in losses],
-        "peak": [max(values) for values in losses],
-        "final": [values[-1] for values in losses],
-        "final_products": [eta * float(p @ kernel @ p) for p in directions],
-    }
-
-
-def _judge_directions(setting: Setting, records: list[Record]) -> Verdict:
-    one, both = setting["products"]
-    shown: dict[str, bool] = {}
-    text = []
-    for product, expected in ((one, (True, False)), (both, (True, True))):
-        rows = [r for r in records if r["case"]["product"] == product]
-        for i, catapults in enumerate(expected):
-            rise = [r["result"]["peak"][i] / r["result"]["first"][i] for r in rows]
-            ends = max(r["result"]["final"][i] for r in rows)
-            name = f"eta lambda_1 = {product:g}, p_{i + 1}"
-            if catapults:
-                slope = log_log_slope(
-                    [r["case"]["width"] / math.log(r["case"]["width"]) for r in rows],
-                    [r["result"]["peak"][i] for r in rows],
-                )
-                shown[f"{name} catapults"] = slope.low > _EXPONENT and ends < 1 and min(rise) > 1
-                shown[f"{name}: lambda falls below 2/eta"] = all(r["result"]["final_products"][i] < 2 for r in rows)
-                text.append(f"{name}: exponent of the peak in m / log m {slope}")
-            else:
-                shown[f"{name} does not"] = max(rise) < 1.05
-                text.append(f"{name}: rises by at most {max(rise):.3f} times")
-    outcome, why = _outcome(shown)
-    second = [r["result"]["products"][1] / r["result"]["products"][0] for r in records]
-    return Verdict(outcome, f"lambda_2 / lambda_1 {mean_sd(second)}; " + "; ".join(text), why)
-
-
-def _draw_directions(records: list[Record], figure: Figure) -> None:
-    products = sorted({r["case"]["product"] for r in records})
-    for ax, product in zip(figure.subplots(1, len(products), sharey=True), products, strict=True):
-        rows = [r for r in records if r["case"]["product"] == product]
-        for i in (0, 1):
-            ax.loglog(
-                [r["case"]["width"] for r in rows], [r["result"]["peak"][i] for r in rows], "o", label=f"p_{i + 1}"
-            )
-        widths = sorted({r["case"]["width"] for r in rows})
-        ax.loglog(widths, [m / math.log(m) for m in widths], "k:", label="m / log m")
-        ax.set(title=f"eta lambda_1 = {product:g}", xlabel="width m", ylabel="largest projected loss")
-        ax.legend(fontsize="small")
 
 
 # ------------------------------------------------------------------------------- phi = 0 (Proposition B.13.1)
@@ -342,14 +240,13 @@ def _judge_special(setting: Setting, records: list[Record]) -> Verdict:
         "regimes as predicted": all(right),
         "the corrected equations are exact (1e-9)": max(r["error"] for r in results) < 1e-9,
     }
-    outcome, why = _outcome(shown)
     caught = [r["rise"] for r in results if r["observed"] == "catapult"]
     measured = (
         f"as predicted {sum(right)}/{len(right)}; catapults raise the loss {mean_sd(caught, 1)} times; kernel off by "
         f"at most {max(r['error'] for r in results):.0e} of its start (the printed equations: "
         f"{max(r['printed_error'] for r in results):.0e})"
     )
-    return Verdict(outcome, measured, why)
+    return verdict_on(shown, measured)
 
 
 def _draw_special(records: list[Record], figure: Figure) -> None:
@@ -371,17 +268,13 @@ _PHASE: dict[str, Any] = {
 _EQUILIBRIA: dict[str, Any] = {
     "products": [1.0, 2.2, 2.5, 3.0, 3.5, 3.8], "widths": [1000, 10_000, 100_000], "y": 1.0, "steps": 5000, "seeds": 5,
 }  # fmt: skip
-_DIRECTIONS: dict[str, Any] = {
-    "products": [2.5, 3.4], "widths": [1000, 10_000, 100_000, 1_000_000], "n": 128, "second": 0.72, "steps": 600,
-    "seeds": 5,
-}  # fmt: skip
 _SPECIAL: dict[str, Any] = {
     "products": [1.0, 1.8, 2.2, 2.6, 3.0, 3.5, 4.2, 5.0], "p": 1000, "gamma": 0.01, "norm": 2.0, "steps": 300,
     "seeds": 5,
 }  # fmt: skip
 
 
-def _scales(full: dict[str, Any], **quick: Any) -> dict[str, dict[str, Any]]:
+def exact_scales(full: dict[str, Any], **quick: Any) -> dict[str, dict[str, Any]]:
     return {"full": full, "recorded": full, "quick": {**full, "seeds": 2, **quick}}
 
 
@@ -393,7 +286,7 @@ ARTEFACTS = (
         claim="On one sample a two-layer NQM converges monotonically for eta lambda_0 < 2, and for 2 < eta lambda_0 "
         "< 4 by a catapult whose peak is of order at least m (eta lambda_0 - 2)^2 / log m, after which eta lambda < 2.",
         printed="",
-        scales=_scales(_PHASE, widths=[100, 1000, 10_000]),
+        scales=exact_scales(_PHASE, widths=[100, 1000, 10_000]),
         cases=_phase_cases,
         run=_phase_run,
         judge=_judge_phase,
@@ -405,7 +298,7 @@ ARTEFACTS = (
         source="Theorem B.7.1",
         claim="On one sample a two-layer NQM diverges for eta lambda_0 > 4.",
         printed="",
-        scales=_scales(_PHASE, widths=[100, 1000, 10_000]),
+        scales=exact_scales(_PHASE, widths=[100, 1000, 10_000]),
         cases=_phase_cases,
         run=_phase_run,
         judge=_judge_divergence,
@@ -419,24 +312,11 @@ ARTEFACTS = (
         claim="The stable equilibria are those of zero loss with eta lambda in [epsilon, 2 - epsilon]; all others are "
         "unstable.",
         printed="",
-        scales=_scales(_EQUILIBRIA, widths=[1000, 10_000]),
+        scales=exact_scales(_EQUILIBRIA, widths=[1000, 10_000]),
         cases=_equilibria_cases,
         run=_equilibria_run,
         judge=_judge_equilibria,
         draw=_draw_equilibria,
-    ),
-    Artefact(
-        name="theorem-3.3.6",
-        title="Catapults in one or both eigendirections",
-        source="Theorem 3.3.6 and Appendix B.12",
-        claim="On samples of one dimension the loss catapults along p_i just where eta lambda_i > 2, to a peak of "
-        "order at least m (eta lambda_i - 2)^2 / log m, and lambda_i falls.",
-        printed="",
-        scales=_scales(_DIRECTIONS, widths=[1000, 10_000, 100_000]),
-        cases=_directions_cases,
-        run=_directions_run,
-        judge=_judge_directions,
-        draw=_draw_directions,
     ),
     Artefact(
         name="proposition-b.13.1",
@@ -444,7 +324,7 @@ ARTEFACTS = (
         source="Proposition B.13.1",
         claim="With phi = 0, y = 0 and Sigma^2 = |x|^2 I a quadratic model catapults for 2 < eta lambda(0) < 4.",
         printed="",
-        scales=_scales(_SPECIAL, p=200),
+        scales=exact_scales(_SPECIAL, p=200),
         cases=_special_cases,
         run=_special_run,
         judge=_judge_special,

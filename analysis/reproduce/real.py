@@ -6,10 +6,9 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..agop import agop
-from ..datasets import Data, standardized, with_label_noise
+from ..datasets import Data, averaged, standardized, with_label_noise
 from ..networks import cnn, mlp, myrtle5, wide_resnet
 from ..tasks import RegressionTask, Split
 from .artefact import Setting
@@ -54,9 +53,9 @@ def _made(
     """Of plain values, because results are kept for the next case."""
     dataset, classes = _DATASETS[name]
     every = Data(folder, download).load(dataset, classes=classes, limit=n + 2 * n_eval)
-    splits = standardized(*every.draw(n, n_eval, n_eval, seed=seed))
-    factor = every.inputs.shape[-1] // image_size
-    train, val, test = (Split(F.avg_pool2d(split.inputs, factor), split.targets) for split in splits)
+    train, val, test = standardized(
+        *(averaged(split, image_size) for split in every.draw(n, n_eval, n_eval, seed=seed))
+    )
     more = Split(torch.cat([train.inputs, val.inputs]), torch.cat([train.targets, val.targets]))
     reference = _reference(more, reference_steps, seed)
     shape = train.inputs.shape[1:]

@@ -1,4 +1,4 @@
-"""Spikes of the training loss in SGD are catapults: Figures 4.5 to 4.7, C.1, C.8 to C.12 and C.22, Table 4.2.
+"""Spikes of the training loss in SGD are catapults: Figures 4.6, 4.7, C.8 to C.12 and C.22, Table 4.2.
 
 Rates are multiples of the critical rate of the whole training set, as in `catapults`. Where the thesis prints no
 critical rate (the shallow network, ViT) the multiple is ours.
@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from ..networks import mlp
-from ..ntk import critical_rate, critical_rates, ntk
-from ..tasks import Split
-from .artefact import Artefact, Case, Data, Record, Result, Setting, Verdict, mean_sd
-from .catapults import SCALED, cases, draw_traces, graded, labels, problem_of, values
-from .tracing import Trace, episodes, examples, network, rises, trace
-from .training import TARGET_LOSS, batches, mse
+from catapult_opt.catapults import is_super_critical
+
+from ..ntk import critical_rate, match_rate, ntk
+from .artefact import Artefact, Case, Data, Record, Result, Setting, Verdict, graded, mean_sd
+from .problems import SCALED, cases, draw_traces, labels, problem, problem_of, values
+from .tracing import WIGGLE, Trace, episodes, examples, network, rises, share, trace
+from .training import TARGET_LOSS
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
-__all__ = ["ARTEFACTS"]
-
-_SPIKE = 0.1  # a rise of the training loss by this share, and back, is called a spike
-
+__all__ = ["ARTEFACTS", "CIFAR", "CNN", "FCN", "SHALLOW", "percent", "scales", "share"]
 
 # ------------------------------------------------------------------------------------------------------- a traced run
 
@@ -46,8 +42,7 @@ def _rates(problem: Setting, eta_crit: float) -> list[float]:
 def _run(setting: Setting, case: Case, data: Data) -> Result:
     problem = problem_of(setting, case)
     (train,) = examples(problem, problem.get("n", setting["n"]), case["seed"], data)
-    options = {"parameterization": "torch"} if problem.get("parameterization") == "torch" else {}
-    model = network(problem, train, case["seed"], **options)
+    model = network(problem, train, case["seed"])
     eta_crit = critical_rate(ntk(model, train.inputs), len(train))
     found = trace(
         model,
@@ -65,10 +60,10 @@ def _in_numbers(found: Trace) -> Result:
     """How often the loss rises, whether the batch's critical rate was below the rate then, and where the rise lies."""
     loss, norm = found.loss, found.norm
     up = rises(loss)
-    spikes = episodes(loss, _SPIKE)
+    spikes = episodes(loss, WIGGLE)
     calm = [t for t in range(len(loss) - 1) if t not in up]
     total = sum(loss[t + 1] - loss[t] for t in up)
-    above = [lr > rate for lr, rate in zip(found.lr, found.batch_rate, strict=True)]
+    above = [is_super_critical(*pair) for pair in zip(found.lr, found.batch_rate, strict=True)]
     return {
         "steps": len(found.lr),
         "final": loss[-1],
@@ -76,21 +71,17 @@ def _in_numbers(found: Trace) -> Result:
         "rises": len(up),
         "spikes": len(spikes),
         "super_critical": sum(above),
-        "match": sum(above[t] for t in up) / len(up) if up else math.nan,
+        "match": match_rate(loss, found.batch_rate, found.lr),
         "above_without_rise": sum(above[t] for t in calm) / max(len(calm), 1),
         "top_share": sum(found.top[t + 1] - found.top[t] for t in up) / total if up else math.nan,
         "rest_rise": max(r / low for r, low in zip(found.rest, accumulate(found.rest, min), strict=True)) - 1,
-        "norm_falls": _share([norm[end] < norm[start] for start, end in spikes]),
-        "norm_falls_else": _share([norm[t + 1] < norm[t] for t in calm]),
-        "raised": _share([found.lr[start + 1] > found.lr[start] for start, _ in spikes]),
+        "norm_falls": share([norm[end] < norm[start] for start, end in spikes]),
+        "norm_falls_else": share([norm[t + 1] < norm[t] for t in calm]),
+        "raised": share([found.lr[start + 1] > found.lr[start] for start, _ in spikes]),
     }
 
 
-def _share(flags: Sequence[bool]) -> float:
-    return sum(flags) / len(flags) if flags else math.nan
-
-
-def _percent(numbers: Sequence[float]) -> str:
+def percent(numbers: Sequence[float]) -> str:
     return mean_sd([100 * x for x in numbers], 1)
 
 
@@ -101,8 +92,8 @@ def _judge_match(setting: Setting, records: list[Record]) -> Verdict:
     means = {label: float(np.mean(values(records, label, "match"))) for label in labels(records)}
     others = {label: float(np.mean(values(records, label, "above_without_rise"))) for label in means}
     texts = [
-        f"{label}: {_percent(values(records, label, 'match'))} % of {sum(values(records, label, 'rises'))} rises, and "
-        f"{_percent(values(records, label, 'above_without_rise'))} % of the other steps"
+        f"{label}: {percent(values(records, label, 'match'))} % of {sum(values(records, label, 'rises'))} rises, and "
+        f"{percent(values(records, label, 'above_without_rise'))} % of the other steps"
         for label in means
     ]
     diverged = {label: sum(values(records, label, "diverged")) for label in means}
@@ -140,8 +131,8 @@ def _judge_shallow(setting: Setting, records: list[Record]) -> Verdict:
         f"small rate: {mean_sd(values(records, small, 'rises'), 1)} rises in "
         f"{mean_sd(values(records, small, 'steps'), 0)} steps, {sum(values(records, small, 'super_critical'))} steps "
         f"above critical; large rate: {mean_sd(values(records, large, 'rises'), 0)} rises, "
-        f"{_percent(values(records, large, 'match'))} % above critical, "
-        f"{_percent(values(records, large, 'top_share'))} % of the rise in the top-5 eigenspace"
+        f"{percent(values(records, large, 'match'))} % above critical, "
+        f"{percent(values(records, large, 'top_share'))} % of the rise in the top-5 eigenspace"
     )
     return graded(passed, measured, failures, SCALED)
 
@@ -163,153 +154,21 @@ def _judge_catapults(setting: Setting, records: list[Record]) -> Verdict:
             failures += [f"{label}: {text}." for text, ok in checks.items() if not ok]
         texts.append(
             f"{label}: {mean_sd(values(records, label, 'spikes'), 0)} spikes, "
-            f"{_percent(values(records, label, 'top_share'))} % of the rises in the top direction, norm lower after "
-            f"{_percent(values(records, label, 'norm_falls'))} % of them, falling at "
-            f"{_percent(values(records, label, 'norm_falls_else'))} % of the other steps"
+            f"{percent(values(records, label, 'top_share'))} % of the rises in the top direction, norm lower after "
+            f"{percent(values(records, label, 'norm_falls'))} % of them, falling at "
+            f"{percent(values(records, label, 'norm_falls_else'))} % of the other steps"
         )
     return graded(passed, "; ".join(texts), failures, SCALED)
-
-
-# -------------------------------------------------------------------------------------------------- Hessian and kernel
-
-
-def _run_hessian(setting: Setting, case: Case, data: Data) -> Result:
-    problem = problem_of(setting, case)
-    (train,) = examples(problem, setting["n"], case["seed"], data)
-    model = network(problem, train, case["seed"])
-    lr = problem["multiple"] * critical_rate(ntk(model, train.inputs), len(train))
-    criterion, optimizer = nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=lr)
-    generator = torch.Generator().manual_seed(20_000 + case["seed"])
-    pairs = []
-    for step, batch in enumerate(batches(len(train), setting["batch_size"], generator)):
-        x, y = train.inputs[batch], train.targets[batch]
-        loss = criterion(model(x), y)
-        if step >= problem["steps"] or not bool(loss.isfinite()):
-            break
-        if step % setting["measure_every"] == 0:
-            pairs.append(critical_rates(model, x, y))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    hessian, kernel = np.array(pairs).T
-    logs = np.log(hessian), np.log(kernel)
-    return {
-        "median_error": float(np.median(np.abs(kernel / hessian - 1))),
-        "correlation": float(np.corrcoef(*logs)[0, 1]),
-        "measurements": len(pairs),
-        "curves": {"hessian": hessian.tolist(), "kernel": kernel.tolist()},
-    }
-
-
-def _judge_hessian(setting: Setting, records: list[Record]) -> Verdict:
-    passed, failures, texts = [], [], []
-    for label in labels(records):
-        error, correlation = values(records, label, "median_error"), values(records, label, "correlation")
-        passed += [e <= 0.1 and c >= 0.9 for e, c in zip(error, correlation, strict=True)]
-        if not all(passed[-len(error) :]):
-            failures.append(f"{label}: over 10 % apart in the median, or correlation of the logarithms below 0.9.")
-        texts.append(
-            f"{label}: {_percent(error)} % apart in the median, correlation of the logarithms "
-            f"{mean_sd(correlation, 3)} over {sum(values(records, label, 'measurements'))} steps"
-        )
-    return graded(passed, "; ".join(texts), failures)
-
-
-def _draw_hessian(records: list[Record], figure: Figure) -> None:
-    for ax, label in zip(figure.subplots(1, len(labels(records)), squeeze=False)[0], labels(records), strict=True):
-        for curves in values(records, label, "curves"):
-            ax.loglog(curves["hessian"], curves["kernel"], ".", markersize=4)
-        low, high = ax.get_xlim()
-        ax.plot([low, high], [low, high], "k", linewidth=0.8)
-        ax.set(title=label, xlabel=r"$2/\lambda_{max}(H)$", ylabel=r"$b/\lambda_{max}(K)$")
-
-
-# ------------------------------------------------------------------------------------------- one example at a time
-
-
-def _run_one(setting: Setting, case: Case, data: Data) -> Result:
-    """Batch size 1 on the unit sphere, first layer trained, one example doubled; the rate is above critical for it."""
-    n, d = setting["n"], setting["d"]
-    generator = torch.Generator().manual_seed(case["seed"])
-    x = torch.randn(n, d, generator=generator)
-    x /= x.norm(dim=1, keepdim=True)
-    y = torch.ones(n, 1)
-    x[0] *= 2
-    y[0] *= 2
-    model = mlp(d, setting["width"], 2, generator=generator)
-    first, last = model.parameters()
-    last.requires_grad_(False)
-    each = ntk(model, x).diag()
-    special, others = float(1 / each[0]), float(1 / each[1:].max())
-    lr = special * (others / special) ** setting["between"]
-    curves: dict[str, list[float]] = {"loss": [mse(model, Split(x, y))], "rate": [], "growth": []}
-    for batch, _ in zip(batches(n, 1, generator), range(setting["steps"]), strict=False):
-        output = model(x[batch])
-        (gradient,) = torch.autograd.grad(output, first)
-        residual = output.detach() - y[batch]
-        with torch.no_grad():
-            first.sub_(2 * lr * residual * gradient)
-            after = model(x[batch]) - y[batch]
-        curves["rate"].append(float(1 / gradient.square().sum()))
-        curves["growth"].append(float((after / residual).square()))
-        curves["loss"].append(mse(model, Split(x, y)))
-    above = [lr > rate for rate in curves["rate"]]
-    batch_rises = [growth > 1 for growth in curves["growth"]]
-    spikes = [b > (1 + _SPIKE) * a for a, b in pairwise(curves["loss"])]
-    return {
-        "special": special,
-        "others": others,
-        "lr": lr,
-        "above": sum(above),
-        "batch_rises": sum(batch_rises),
-        "agree": _share([a == b for a, b in zip(above, batch_rises, strict=True)]),
-        "spikes": sum(spikes),
-        "spikes_above": sum(a and s for a, s in zip(above, spikes, strict=True)),
-        "curves": {**curves, "above": [float(a) for a in above]},
-    }
-
-
-def _judge_one(setting: Setting, records: list[Record]) -> Verdict:
-    """Exact if the batch's loss rises exactly at steps above its critical rate, and the whole loss jumps only there.
-
-    The whole training loss is bound to rise a little at other steps too, where one example's step moves the others.
-    """
-    results = [record["result"] for record in records]
-    exact = [r["agree"] == 1 and r["above"] > 0 and r["spikes_above"] == r["spikes"] for r in results]
-    measured = (
-        f"the batch's loss rises at {sum(r['batch_rises'] for r in results)} steps, {sum(r['above'] for r in results)} "
-        f"are above critical, the two agree at {mean_sd([100 * r['agree'] for r in results], 2)} % of all steps; of "
-        f"{sum(r['spikes'] for r in results)} rises of the whole loss by 10 % "
-        f"{sum(r['spikes_above'] for r in results)} are above critical"
-    )
-    if all(exact):
-        return Verdict("holds", measured)
-    near = all(r["agree"] >= 0.99 and r["above"] > 0 for r in results)
-    return Verdict("holds in part" if near else "fails", measured, "The match is not exact on every seed.")
-
-
-def _draw_one(records: list[Record], figure: Figure) -> None:
-    curves, lr = records[0]["result"]["curves"], records[0]["result"]["lr"]
-    loss, rates = figure.subplots(2, 1, sharex=True)
-    loss.semilogy(curves["loss"], linewidth=1)
-    for t, above in enumerate(curves["above"]):
-        if above:
-            loss.axvline(t, color="tab:orange", alpha=0.5, linewidth=1)
-    loss.set_ylabel("training loss")
-    rates.semilogy(curves["rate"], ".", markersize=3, label=r"$\eta_{crit}$ of the batch")
-    rates.axhline(lr, color="black", linewidth=1, label=r"$\eta$")
-    rates.set_xlabel("step")
-    rates.legend(frameon=False)
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
 
 
 def _problem(label: str, net: str, dataset: str, multiple: float, **changes: Any) -> dict[str, Any]:
-    classes: dict[str, list[int]] = {"cifar10": [7, 9], "svhn": [0, 2]}
-    width = {"fcn-2": 1024, "fcn-4": 256, "fcn-5": 1024, "cnn-5": 512, "wrn-10": 10, "vit-4": 192, "myrtle-5": 256}[net]
-    fixed = {"label": label, "network": net, "dataset": dataset, "classes": classes.get(dataset, [])}
-    return {**fixed, "width": width, "image_size": 32, "multiple": multiple, "steps": 1000, "top": 1, **changes}
+    """A `problem` of SGD."""
+    return problem(
+        **{"label": label, "net": net, "dataset": dataset, "multiple": multiple, "steps": 1000, "top": 1, **changes}
+    )
 
 
 _SMALL: dict[str, dict[str, Any]] = {
@@ -344,7 +203,7 @@ _SMALLER: dict[str, dict[str, Any]] = {
 }
 
 
-def _scales(
+def scales(
     problems: list[dict[str, Any]], recorded: dict[str, dict[str, Any]] = _SMALL, seeds: int = 3, **more: Any
 ) -> dict[str, Setting]:
     """The three scales; ``seeds`` of the recorded one."""
@@ -364,33 +223,33 @@ def _large_scales() -> dict[str, Setting]:
     ]
     outputs = _problem("Myrtle-5, CIFAR-10", "myrtle-5", "cifar10", 1.67, classes=list(range(10)))
     fewer = {name: {**_SMALLER[name], "n": 300, "steps": 30} for name in ("fcn-5", "cnn-5")}
-    scales = _scales([*large, outputs], {**_SMALLER, **fewer}, seeds=1)
-    quick = [{**p, "n": 100, "steps": 20} if p["network"] != "myrtle-5" else p for p in scales["quick"]["problems"]]
-    return {**scales, "quick": {**scales["quick"], "problems": quick}}
+    found = scales([*large, outputs], {**_SMALLER, **fewer}, seeds=1)
+    quick = [{**p, "n": 100, "steps": 20} if p["network"] != "myrtle-5" else p for p in found["quick"]["problems"]]
+    return {**found, "quick": {**found["quick"], "problems": quick}}
 
 
 def _only(*chosen: str) -> Any:
     return lambda setting: [case for case in cases(setting) if case["problem"] in chosen]
 
 
-_SHALLOW = "2-layer FCN, small rate", "2-layer FCN"
-_FCN, _CNN, _WRN, _VIT = "5-layer FCN", "5-layer CNN", "Wide ResNet 10", "ViT-4"
-_CIFAR = [
-    _problem(_SHALLOW[0], "fcn-2", "cifar10", 0.125, top=5),
-    _problem(_SHALLOW[1], "fcn-2", "cifar10", 1.0, top=5),
-    _problem(_FCN, "fcn-5", "cifar10", 1.67),
-    _problem(_CNN, "cnn-5", "cifar10", 1.78),
+SHALLOW = "2-layer FCN, small rate", "2-layer FCN"
+FCN, CNN, _WRN, _VIT = "5-layer FCN", "5-layer CNN", "Wide ResNet 10", "ViT-4"
+CIFAR = [
+    _problem(SHALLOW[0], "fcn-2", "cifar10", 0.125, top=5),
+    _problem(SHALLOW[1], "fcn-2", "cifar10", 1.0, top=5),
+    _problem(FCN, "fcn-5", "cifar10", 1.67),
+    _problem(CNN, "cnn-5", "cifar10", 1.78),
     _problem(_WRN, "wrn-10", "cifar10", 2.0),
     _problem(_VIT, "vit-4", "cifar10", 1.2),
 ]
-_DEEP = [p for p in _CIFAR if p["label"] in (_FCN, _CNN, _WRN, _VIT)]
+_DEEP = [p for p in CIFAR if p["label"] in (FCN, CNN, _WRN, _VIT)]
 _TRACED: dict[str, Any] = {"run": _run, "draw": draw_traces}
-_DEEP_RUNS: dict[str, Any] = {**_TRACED, "scales": _scales(_DEEP)}
+_DEEP_RUNS: dict[str, Any] = {**_TRACED, "scales": scales(_DEEP)}
 # Recorded in the thesis' setting, but for the CNN: its kernel takes minutes a step.
 _MATCH_RUNS: dict[str, Any] = {
     **_TRACED,
-    "scales": _scales(
-        [p for p in _CIFAR if p["label"] in (*_SHALLOW, _FCN, _CNN)],
+    "scales": scales(
+        [p for p in CIFAR if p["label"] in (*SHALLOW, FCN, CNN)],
         {"fcn-2": {"steps": 250}, "cnn-5": _SMALL["cnn-5"]},
     ),
 }
@@ -400,30 +259,13 @@ _CATAPULTS = (
 
 ARTEFACTS = (
     Artefact(
-        name="fig-4.5",
-        title="Batch size 1: the loss rises exactly when the example's critical rate is below the rate",
-        source="Figure 4.5 and Appendix C.6",
-        claim="With one example whose critical rate is below the rate, the loss of SGD at batch size 1 has spikes "
-        "exactly at the steps that take this example.",
-        printed="",
-        scales={
-            "full": {"n": 100, "d": 100, "width": 4096, "steps": 600, "between": 0.5, "seeds": 3},
-            "recorded": {"n": 100, "d": 100, "width": 4096, "steps": 600, "between": 0.5, "seeds": 3},
-            "quick": {"n": 100, "d": 100, "width": 512, "steps": 60, "between": 0.5, "seeds": 1},
-        },
-        cases=lambda setting: [{"seed": seed} for seed in range(setting["seeds"])],
-        run=_run_one,
-        judge=_judge_one,
-        draw=_draw_one,
-    ),
-    Artefact(
         name="fig-4.6",
         title="SGD below and above the critical rates of its batches, 2-layer FCN",
         source="Figure 4.6 and Appendix C.6",
         claim="Below every batch's critical rate the loss falls monotonically; above some, spikes appear where that of "
         "the batch is exceeded, in the top-5 eigenspace of the tangent kernel.",
         printed="rates 0.1 and 0.8",
-        cases=_only(*_SHALLOW),
+        cases=_only(*SHALLOW),
         judge=_judge_shallow,
         shares="table-4.2",
         **_MATCH_RUNS,
@@ -444,22 +286,9 @@ ARTEFACTS = (
         source="Table 4.2 and Appendix C.6",
         claim="Nearly always when the training loss rises, the rate was above the critical rate of the step's batch.",
         printed="2-layer FCN 97.32 ± 0.45 %, 5-layer FCN 96.17 ± 1.46 %, 5-layer CNN 94.67 ± 3.27 %",
-        cases=_only(_SHALLOW[1], _FCN, _CNN),
+        cases=_only(SHALLOW[1], FCN, CNN),
         judge=_judge_match,
         **_MATCH_RUNS,
-    ),
-    Artefact(
-        name="fig-c.1",
-        title="Critical rate from the Hessian against the one from the tangent kernel, SGD",
-        source="Figure C.1 and Appendix C.1",
-        claim="During SGD with catapults the critical rate b/|K| of the tangent kernel is close to 2/lambda_max of the "
-        "Hessian.",
-        printed="",
-        scales=_scales([p for p in _CIFAR if p["label"] in (_SHALLOW[1], _FCN, _CNN)], measure_every=5),
-        cases=cases,
-        run=_run_hessian,
-        judge=_judge_hessian,
-        draw=_draw_hessian,
     ),
     Artefact(
         name="fig-c.8",
@@ -478,7 +307,7 @@ ARTEFACTS = (
         source="Figure C.9",
         claim=_CATAPULTS,
         printed="",
-        scales=_scales([{**p, "parameterization": "torch"} for p in _DEEP], _SMALLER, seeds=2),
+        scales=scales([{**p, "parameterization": "torch"} for p in _DEEP], _SMALLER, seeds=2),
         cases=cases,
         judge=_judge_catapults,
         **_TRACED,
@@ -489,7 +318,7 @@ ARTEFACTS = (
         source="Figure C.10",
         claim=_CATAPULTS,
         printed="",
-        scales=_scales([{**p, "dataset": "svhn", "classes": [0, 2]} for p in _DEEP], _SMALLER, seeds=2),
+        scales=scales([{**p, "dataset": "svhn", "classes": [0, 2]} for p in _DEEP], _SMALLER, seeds=2),
         cases=cases,
         judge=_judge_catapults,
         **_TRACED,
@@ -512,7 +341,7 @@ ARTEFACTS = (
         claim="With a cyclical rate the loss has spikes where the rate is raised; they lie in the top eigendirection "
         "of the tangent kernel, and its norm falls.",
         printed="",
-        scales=_scales(
+        scales=scales(
             [_problem(_WRN, "wrn-10", "cifar10", 2.0, low=0.5, period=40)],
             {"wrn-10": {"width": 1, "image_size": 8, "steps": 80}},
         ),
@@ -526,7 +355,7 @@ ARTEFACTS = (
         source="Figure C.22",
         claim=_CATAPULTS,
         printed="",
-        scales=_scales(
+        scales=scales(
             [
                 _problem("rank-2", "fcn-2", "rank-2", 0.5, batch_size=5, n=2000),
                 _problem("rank-4", "fcn-4", "rank-4", 0.5, batch_size=5, n=2000),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from catapult_opt.analysis.networks import NTKLinear, ntk_mlp
+from catapult_opt.analysis.networks import NTKConv2d, NTKLinear, cnn, mlp, myrtle5, ntk_mlp, vit, wide_resnet
 
 
 def seeded(seed=0):
@@ -25,6 +25,26 @@ def test_bias_is_absent_by_default_and_added_unscaled_when_asked_for():
     assert torch.equal(layer.bias, torch.zeros(2))
     nn.init.constant_(layer.bias, 5.0)
     assert torch.equal(layer(torch.zeros(1, 9)), torch.full((1, 2), 5.0))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda bias: mlp(12, 8, 3, bias=bias),
+        lambda bias: cnn(3, 4, 3, 8, bias=bias),
+        lambda bias: myrtle5(3, 4, bias=bias),
+        lambda bias: wide_resnet(3, widen=0.25, norm=False, bias=bias),
+        lambda bias: vit(3, 8, width=12, bias=bias),
+    ],
+    ids=["mlp", "cnn", "myrtle5", "wide_resnet", "vit"],
+)
+def test_hidden_biases_are_in_all_layers_but_the_last(make):
+    layers = [m for m in make("hidden").modules() if isinstance(m, (NTKLinear, NTKConv2d))]
+    assert [layer.bias is not None for layer in layers] == [True] * (len(layers) - 1) + [False]
+    assert all(torch.equal(layer.bias, torch.zeros_like(layer.bias)) for layer in layers[:-1])
+    assert all(m.bias is not None for m in make(True).modules() if isinstance(m, (NTKLinear, NTKConv2d)))
+    with pytest.raises(ValueError, match="bias must be True, False, None or 'hidden', got 'first'"):
+        make("first")
 
 
 def test_weights_are_standard_normal():

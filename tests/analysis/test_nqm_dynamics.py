@@ -21,8 +21,8 @@ from catapult_opt.analysis.nqm import (
     scalar_step,
     scalar_step_jacobian,
     scalar_trajectory,
-    tangent_kernel,
 )
+from catapult_opt.analysis.ntk import ntk
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -37,7 +37,7 @@ def descend(model, inputs, y, eta, steps):
     optimizer = torch.optim.SGD(model.parameters(), lr=eta)
     for t in range(steps + 1):
         outputs = model(inputs)[:, 0]
-        yield outputs.detach(), tangent_kernel(model, inputs)
+        yield outputs.detach(), ntk(model, inputs)
         if t < steps:
             optimizer.zero_grad()
             (0.5 * (outputs - y).square().sum()).backward()
@@ -49,7 +49,7 @@ def test_scalar_dynamics_is_training(product):
     d, m, y = 3, 40, 1.0
     x = torch.randn(1, d, dtype=torch.float64)
     model = QuadraticModel(TwoLayerReLU(d, m).double())
-    g, lam = float(model(x).detach()), float(tangent_kernel(model, x))
+    g, lam = float(model(x).detach()), float(ntk(model, x))
     eta, c = product / lam, float(x.square().sum()) / (m * d)
     steps = 30 if product < 4 else 5
     run = scalar_trajectory(g, lam, eta=eta, y=y, c=c, steps=steps)
@@ -79,7 +79,7 @@ def models():
 def test_matrix_dynamics_is_training(which, kind):
     name, model, x = list(models())[which]
     y = torch.randn(4, dtype=torch.float64)
-    kernel = tangent_kernel(model, x)
+    kernel = ntk(model, x)
     eta = 1.5 / float(torch.linalg.eigvalsh(kernel)[-1])
     residual, rows, hessians = model(x)[:, 0].detach() - y, jacobian(model, x), output_hessians(model, x)
     if kind == "numpy":
@@ -89,14 +89,14 @@ def test_matrix_dynamics_is_training(which, kind):
         torch.testing.assert_close(torch.as_tensor(kernel), found, **EXACT)
         residual, rows, kernel = matrix_step(residual, rows, hessians, eta=eta)
     if name != "linear":
-        assert float((found - tangent_kernel(list(models())[which][1], x)).abs().max()) > 1e-4
+        assert float((found - ntk(list(models())[which][1], x)).abs().max()) > 1e-4
 
 
 def test_the_printed_kernel_equation_is_not_exact():
     """Eq. 3.16 as printed; the erratum in `matrix_step`."""
     _, model, x = next(models())
     y = torch.randn(4, dtype=torch.float64)
-    r, j, h, k = model(x)[:, 0].detach() - y, jacobian(model, x), output_hessians(model, x), tangent_kernel(model, x)
+    r, j, h, k = model(x)[:, 0].detach() - y, jacobian(model, x), output_hessians(model, x), ntk(model, x)
     eta = 2.3 / float(torch.linalg.eigvalsh(k)[-1])
     g = h @ (j.T @ r)
     printed = k - eta / 4 * (4 * g @ j.T - eta * g @ g.T)
@@ -112,7 +112,7 @@ def test_one_dimensional_dynamics_is_training():
     net = TwoLayerReLU(1, m).double()
     for convert in (np.asarray, torch.as_tensor):
         model = TwoLayerNQM(net)
-        kernel = tangent_kernel(model, x)
+        kernel = ntk(model, x)
         eta = 2.5 / float(torch.linalg.eigvalsh(kernel)[-1])
         g, kernel = convert(net(x)[:, 0].detach()), convert(kernel)
         for outputs, found in descend(model, x, y, eta, 20):

@@ -15,8 +15,8 @@ from catapult_opt.analysis.nqm import (
     TwoLayerReLU,
     jacobian,
     output_hessians,
-    tangent_kernel,
 )
+from catapult_opt.analysis.ntk import ntk
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,7 @@ def test_equals_the_taylor_sum_with_dense_derivatives(name):
     torch.testing.assert_close(jacobian(f_lin, x), j, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(output_hessians(f_quad, x), h, rtol=1e-8, atol=1e-8)
     assert float(output_hessians(f_lin, x).abs().max()) == 0
-    torch.testing.assert_close(tangent_kernel(f_lin, x), j @ j.T, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ntk(f_lin, x), j @ j.T, rtol=1e-9, atol=1e-9)
 
 
 def test_third_order_error_finite_difference():
@@ -129,8 +129,8 @@ def test_closed_form_two_layer_nqm_is_the_quadratic_model():
     move(general)
     closed.load_state_dict({**general.module.state_dict(), "u0": net.u})
     torch.testing.assert_close(closed(x), general(x), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(closed.kernel(x), tangent_kernel(general, x), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(net.kernel(x), tangent_kernel(net, x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(closed.kernel(x), ntk(general, x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(net.kernel(x), ntk(net, x), rtol=1e-10, atol=1e-10)
     m, d = net.u.shape  # Eq. 3.10, term by term
     du, dv = closed.u - net.u, closed.v - net.v
     on, scale = (x @ net.u.T >= 0).double(), (m * d) ** -0.5
@@ -205,7 +205,7 @@ def test_critical_rate_and_monitor_agree_with_the_dense_kernel():
     net, x, y = ntk_mlp(6, 64, 2).double(), torch.randn(10, 6).double(), torch.randn(10, 1).double()
     f_quad, criterion = QuadraticModel(net), nn.MSELoss()
     move(f_quad)
-    top = float(torch.linalg.eigvalsh(tangent_kernel(f_quad, x))[-1])
+    top = float(torch.linalg.eigvalsh(ntk(f_quad, x))[-1])
     assert critical_lr(f_quad, criterion, x, y, tol=1e-6).eta_crit == pytest.approx(10 / top, rel=1e-3)
     optimizer = torch.optim.SGD(f_quad.parameters(), lr=20 / top)
     monitor = CatapultMonitor(optimizer, model=f_quad, criterion=criterion, every=1)

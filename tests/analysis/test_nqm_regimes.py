@@ -17,9 +17,9 @@ from catapult_opt.analysis.nqm import (
     phase_diagram,
     regime,
     scalar_step,
-    tangent_kernel,
     two_layer_start,
 )
+from catapult_opt.analysis.ntk import ntk
 
 
 def test_phase_diagram_follows_the_thresholds():
@@ -106,7 +106,7 @@ def test_fast_start_is_that_of_networks():
     drawn = np.array([two_layer_start(m, norm=float(x.norm()), d=d, seed=seed) for seed in range(300)])
     generator = torch.Generator().manual_seed(0)
     nets = [TwoLayerReLU(d, m, generator=generator).double() for _ in range(300)]
-    real = np.array([(float(net(x)), float(tangent_kernel(net, x))) for net in nets])
+    real = np.array([(float(net(x)), float(ntk(net, x))) for net in nets])
     scale = real.std(0)
     assert (np.abs(drawn.mean(0) - real.mean(0)) < 4 * scale * math.sqrt(2 / 300)).all()
     assert drawn.std(0) == pytest.approx(scale, rel=0.2)

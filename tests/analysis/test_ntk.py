@@ -9,8 +9,17 @@ from torch import nn
 from torch.func import functional_call
 
 from catapult_opt.analysis import ntk as module
-from catapult_opt.analysis.networks import ntk_mlp
-from catapult_opt.analysis.ntk import critical_rate, critical_rates, eigenspaces, loss_in_eigenspace, match_rate, ntk
+from catapult_opt.analysis.networks import cnn, mlp, ntk_mlp
+from catapult_opt.analysis.ntk import (
+    critical_rate,
+    critical_rates,
+    eigenspaces,
+    infinite_cnn_ntk,
+    infinite_fcn_ntk,
+    loss_in_eigenspace,
+    match_rate,
+    ntk,
+)
 
 
 def seeded(seed=0):
@@ -221,8 +230,45 @@ def test_critical_rate_of_a_dead_network_is_infinite():
     assert critical_rate(torch.zeros(3, 3)) == math.inf
 
 
+@pytest.mark.parametrize("bias", [False, "hidden", True])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_infinite_fcn_is_the_mean_of_wide_ones(depth, bias):
+    x = torch.randn(6, 10, generator=seeded(), dtype=torch.float64)
+    nets = [mlp(10, 400, depth, bias=bias, generator=seeded(seed)).double() for seed in range(30)]
+    found = sum(ntk(net, x) for net in nets) / len(nets)
+    expected = infinite_fcn_ntk(x, depth, bias=bias)
+    assert float((found - expected).norm()) < (0.05 if depth > 1 else 1e-9) * float(expected.norm())
+
+
+@pytest.mark.parametrize("bias", [False, "hidden", True])
+@pytest.mark.parametrize("depth", [2, 4])
+def test_infinite_cnn_is_the_mean_of_wide_ones(depth, bias):
+    x = torch.randn(4, 3, 5, 5, generator=seeded(), dtype=torch.float64)
+    nets = [cnn(3, 150, depth, 5, bias=bias, generator=seeded(seed)).double() for seed in range(30)]
+    found = sum(ntk(net, x) for net in nets) / len(nets)
+    expected = infinite_cnn_ntk(x, depth, bias=bias)
+    assert float((found - expected).norm()) < 0.05 * float(expected.norm())
+
+
+def test_analytic_infinite_kernel_of_a_sample_with_itself():
+    x = torch.randn(1, 20, generator=seeded(), dtype=torch.float64)
+    q = float(x.square().mean())
+    for depth in range(1, 6):  # every ReLU halves; each hidden bias adds what passes from its layer to the output
+        assert float(infinite_fcn_ntk(x, depth)) == pytest.approx(depth * q / 2 ** (depth - 1))
+        biases = sum(2.0 ** (layer - depth) for layer in range(1, depth))
+        assert float(infinite_fcn_ntk(x, depth, bias="hidden") - infinite_fcn_ntk(x, depth)) == pytest.approx(biases)
+
+
+def test_infinite_kernels_refuse_depths_without_a_network():
+    with pytest.raises(ValueError, match=r"depth must be .*0"):
+        infinite_fcn_ntk(torch.ones(1, 2), 0)
+    with pytest.raises(ValueError, match="depth must be at least 2, got 1"):
+        infinite_cnn_ntk(torch.ones(1, 1, 2, 2), 1)
+
+
 def test_match_rate():
     assert match_rate([1, 2, 3, 2, 4], [0.1, 0.9, 0.1, 0.2], 0.5) == pytest.approx(2 / 3)
+    assert match_rate([1, 2, 3], [0.1, 0.9], [0.05, 1.0]) == 0.5  # a rate for every step
     assert math.isnan(match_rate([3, 2, 1], [0.1, 0.1], 0.5))
     with pytest.raises(ValueError, match="losses must be one more than rates, got 2 and 2"):
         match_rate([1, 2], [1, 2], 1)

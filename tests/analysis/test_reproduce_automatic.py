@@ -8,7 +8,7 @@ from torch import nn
 
 from catapult_opt.analysis.reproduce import ARTEFACTS, automatic
 from catapult_opt.analysis.reproduce.artefact import Data
-from catapult_opt.analysis.reproduce.features import task_and_model
+from catapult_opt.analysis.reproduce.feature_tasks import task_and_model
 
 ARTEFACT = next(artefact for artefact in ARTEFACTS if artefact.name == "automatic-4.8")
 SPEC = {"n": 60, "width": 32, "depth": 2, "lr": 1.0, "rates": [3.0, 2.0], "at": [4, 7], "steps": 10}

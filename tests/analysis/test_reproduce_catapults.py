@@ -10,7 +10,7 @@ from torch import nn
 
 from catapult_opt.analysis import ntk as kernels
 from catapult_opt.analysis.networks import ntk_mlp
-from catapult_opt.analysis.reproduce import ARTEFACTS, catapults, features, sgd
+from catapult_opt.analysis.reproduce import ARTEFACTS, catapults, feature_tasks, one_example, raised_rates, sgd
 from catapult_opt.analysis.reproduce.artefact import Data
 from catapult_opt.analysis.reproduce.real import real_task
 from catapult_opt.analysis.reproduce.tracing import Trace, episodes, rises, trace
@@ -75,9 +75,9 @@ def test_trace_ends_at_the_target():
 
 
 def test_episodes_and_rises():
-    assert episodes([1.0, 0.5, 2.0, 0.6, 0.4, 0.42, 0.3], 0.1) == [(1, 4)]
-    assert episodes([1.0, 2.0, 1.5], 0.1) == []
-    assert episodes([1.0, 3.0, 0.9, 1.2, 0.8], 0.2) == [(0, 2), (2, 4)]
+    assert episodes([1.0, 0.5, 2.0, 0.6, 0.4, 0.42, 0.3], 1.1) == [(1, 4)]
+    assert episodes([1.0, 2.0, 1.5]) == []
+    assert episodes([1.0, 3.0, 0.9, 1.2, 0.8]) == [(0, 2), (2, 4)]
     assert rises([1, 2, 2, 1, 3]) == [0, 3]
 
 
@@ -99,7 +99,7 @@ def test_spikes_of_raised_rates():
     """A spike that comes back with a lower norm, one with a higher, and one that does not come back."""
     loss = [1.0, 2.0, 0.9, 0.8, 1.5, 0.7, 0.6, 0.9, 0.8]
     norm = [8, 9, 4, 4, 5, 6, 3, 3, 2]
-    assert catapults._spikes(made_up(loss, loss, norm), [3, 6]) == ([True, True, False], [True, False, False])
+    assert raised_rates._spikes(made_up(loss, loss, norm), [3, 6]) == ([True, True, False], [True, False, False])
 
 
 def test_sgd_run_in_numbers():
@@ -304,7 +304,7 @@ def test_equal_validation_losses_at_the_rate_of_a_tenth():
 def test_one_example_above_critical_makes_the_spikes():
     """Figure 4.5, small: the one doubled example has a quarter of the others' critical rate."""
     setting = {"n": 60, "d": 60, "width": 1024, "steps": 150, "between": 0.5}
-    result = sgd._run_one(setting, {"seed": 1}, Data())
+    result = one_example._run_one(setting, {"seed": 1}, Data())
     assert result["others"] / result["special"] == pytest.approx(4, rel=0.3)
     assert result["special"] < result["lr"] < result["others"]
     assert result["above"] > 0
@@ -361,7 +361,7 @@ def test_quick_settings_of_the_schedules_run():
         result = artefact.run(setting, artefact.cases(setting)[0], Data())
         assert "test_error" not in result
         assert math.isfinite(result["test_loss"])
-    assert isinstance(features.task_and_model(setting, "full-rank", 0, Data())[0], type(full_rank(1, 1, 1)))
+    assert isinstance(feature_tasks.task_and_model(setting, "full-rank", 0, Data())[0], type(full_rank(1, 1, 1)))
 
 
 def test_real_tasks_have_two_classes_and_the_features_of_a_reference(tmp_path):

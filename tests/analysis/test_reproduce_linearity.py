@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from catapult_opt.analysis.dag import DAG
-from catapult_opt.analysis.reproduce import linearity
-from catapult_opt.analysis.reproduce.linearity import ARTEFACTS
+from catapult_opt.analysis.reproduce import gradients, kernel_change, linearity
 from catapult_opt.analysis.reproduce.store import Results
 from catapult_opt.analysis.tasks import Split
 
+ARTEFACTS = (*gradients.ARTEFACTS, *kernel_change.ARTEFACTS, *linearity.ARTEFACTS)
 BY_NAME = {artefact.name: artefact for artefact in ARTEFACTS}
 SIZES = [16, 32, 64, 128, 256, 512]
 
@@ -75,7 +75,7 @@ def test_what_stays_is_looked_at_in_the_wider_half():
 
 
 def test_runs_without_a_value_do_not_hold():
-    diverged = power_laws({linearity._TO_FIRST: {}, linearity._TO_ALL: {}}, converged=False, least_in_degree=9)
+    diverged = power_laws({kernel_change._TO_FIRST: {}, kernel_change._TO_ALL: {}}, converged=False, least_in_degree=9)
     for r in diverged:
         r["result"]["kernel_change"] = math.nan
     assert judged("fig-2.2", diverged).outcome == "fails"
@@ -98,7 +98,7 @@ def test_a_training_that_does_not_converge_is_not_passed_over():
      (-0.2, True, "fails"), (0.3, True, "fails")],
 )  # fmt: skip
 def test_figure_2_2_needs_the_slope_of_the_figure(exponent, converged, outcome):
-    families = {linearity._TO_FIRST: {"kernel_change": exponent}, linearity._TO_ALL: {"kernel_change": 0.3}}
+    families = {kernel_change._TO_FIRST: {"kernel_change": exponent}, kernel_change._TO_ALL: {"kernel_change": 0.3}}
     records = power_laws(families, converged=converged, least_in_degree=1500)
     assert judged("fig-2.2", records).outcome == outcome
 

@@ -10,12 +10,28 @@ from torch import nn
 
 from catapult_opt.analysis.datasets import Data, DataSet
 from catapult_opt.analysis.networks import ntk_mlp
-from catapult_opt.analysis.nqm import QuadraticModel, jacobian, tangent_kernel, two_layer_start
-from catapult_opt.analysis.reproduce import quadratic, quadratic_features, quadratic_test_loss, quadratic_theorems
-from catapult_opt.analysis.reproduce.quadratic_test_loss import in_span, two_layer_cnn
+from catapult_opt.analysis.nqm import QuadraticModel, jacobian, two_layer_start
+from catapult_opt.analysis.ntk import ntk
+from catapult_opt.analysis.reproduce import (
+    quadratic,
+    quadratic_directions,
+    quadratic_features,
+    quadratic_networks,
+    quadratic_spaces,
+    quadratic_test_loss,
+    quadratic_theorems,
+)
+from catapult_opt.analysis.reproduce.quadratic_networks import in_span, two_layer_cnn
 from catapult_opt.analysis.tasks import Split
 
-MODULES = (quadratic, quadratic_test_loss, quadratic_theorems, quadratic_features)
+MODULES = (
+    quadratic,
+    quadratic_directions,
+    quadratic_features,
+    quadratic_spaces,
+    quadratic_test_loss,
+    quadratic_theorems,
+)
 BY_NAME = {artefact.name: artefact for module in MODULES for artefact in module.ARTEFACTS}
 
 
@@ -250,15 +266,15 @@ def test_closed_form_of_the_cnn_kernel():
         p.data += 0.5 * torch.randn_like(p)
     first, last = f_quad.parameters()
     patches = net[0](x)
-    torch.testing.assert_close(quadratic.cnn_kernel(patches, first, last, start), tangent_kernel(f_quad, x))
+    torch.testing.assert_close(quadratic_networks.cnn_kernel(patches, first, last, start), ntk(f_quad, x))
     torch.testing.assert_close(
-        quadratic.cnn_kernel(patches, first, last, first), tangent_kernel(f_quad.module, x), rtol=1e-9, atol=1e-9
+        quadratic_networks.cnn_kernel(patches, first, last, first), ntk(f_quad.module, x), rtol=1e-9, atol=1e-9
     )
 
 
 def test_start_in_two_directions_is_that_of_a_network():
     """K and g of the fast start against moments over real networks' widths: E kappa = 1, K block diagonal."""
-    x, y, g, kernel = quadratic_theorems._two_directions(10**5, 10, 0.72, seed=0)
+    x, y, g, kernel = quadratic_directions._two_directions(10**5, 10, 0.72, seed=0)
     above, below = x > 0, x < 0
     assert (y == np.sign(x)).all() and abs(kernel[np.ix_(above, below)]).max() == 0
     np.testing.assert_allclose(kernel[np.ix_(above, above)], np.outer(x[above], x[above]), rtol=0.02)

@@ -29,8 +29,8 @@ __all__ = [
     "outcome",
     "panel",
     "runs_by_size",
-    "scaling",
     "slope",
+    "width_study",
 ]
 
 # How far from an exponent a fitted slope may be: over two decades of widths, log m alone is worth about this.
@@ -76,7 +76,7 @@ def generator(stream: int, case: Case) -> torch.Generator:
     return torch.Generator().manual_seed(1_000_000 * stream + case["seed"])
 
 
-def scaling(
+def width_study(
     name: str,
     families: Families,
     measures: Sequence[Measure],
@@ -97,7 +97,7 @@ def scaling(
             "recorded": setting,
             "quick": {**setting, "sizes": setting["sizes"][:4], "seeds": 2},
         },
-        cases=partial(scaling_cases, families),
+        cases=partial(width_cases, families),
         run=partial(_run, families, measures),
         judge=partial(judge or judge_slopes, families),
         draw=draw or draw_panels,
@@ -105,7 +105,7 @@ def scaling(
     )
 
 
-def scaling_cases(families: Families, setting: Setting) -> list[Case]:
+def width_cases(families: Families, setting: Setting) -> list[Case]:
     return [
         {"family": family, "size": size, "seed": seed}
         for family in families
