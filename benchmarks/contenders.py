@@ -15,17 +15,21 @@ import importlib.util
 import inspect
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from catapult_opt import CatapultLR, CatapultMonitor, CatapultPolicy, CatapultSGD, policy
 
+Batch = tuple[Tensor, Tensor]
+BASELINES = ("sgd", "adamw", "untuned")  # the kinds of contenders that do not depend on this package
 BELOW = 0.95  # the cap of the control that may not go above the critical rate, in critical rates
 
 
@@ -40,6 +44,9 @@ class Setup:
     lr: float | None = None  # of a tuned contender
     given: Any = None  # what a control takes over from the run of CatapultSGD with the same seed
     policy: dict[str, Any] = field(default_factory=dict)  # changes to the default policy
+    base: str = "sgd"  # the optimizer underneath, for those that drive one: "sgd" or "adamw"
+    batches: Iterator[Batch] | None = None  # others than the training's own, endless
+    sample: Sequence[Tensor] = ()  # inputs to take BatchNorm's statistics from
 
     def catapult_policy(self, **settings: Any) -> CatapultPolicy:
         return CatapultPolicy(**{**settings, **self.policy})
@@ -52,15 +59,23 @@ class Driver:
         optimizer: stepped.
         scheduler: stepped after it.
         averager: with `step()` and `averaged_model`, which is then what is evaluated.
+        sample: inputs that BatchNorm's statistics of averaged weights are taken from.
     """
 
+    views: tuple[str, ...] = ("weights",)  # what can be evaluated; the first is what users are told to
+
     def __init__(
-        self, model: nn.Module, optimizer: Any, scheduler: LRScheduler | None = None, averager: Any = None
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        scheduler: LRScheduler | None = None,
+        averager: Any = None,
+        sample: Sequence[Tensor] = (),
     ) -> None:
         self.model, self.optimizer = model, optimizer
-        self._scheduler, self._averager = scheduler, averager
+        self._scheduler, self._averager, self._sample = scheduler, averager, sample
 
-    def step(self, loss: float) -> None:
+    def step(self, loss: float, x: Tensor, y: Tensor) -> None:
         self.optimizer.step()
         if self._scheduler is not None:
             self._scheduler.step()
@@ -79,8 +94,42 @@ class Driver:
         return self.optimizer if isinstance(self.optimizer, CatapultSGD) else None
 
     @contextlib.contextmanager
-    def evaluated(self) -> Iterator[nn.Module]:
-        yield self.model if self._averager is None else self._averager.averaged_model
+    def evaluated(self, view: str) -> Iterator[nn.Module]:
+        if self._averager is None:
+            yield self.model
+        else:
+            averaged = self._averager.averaged_model
+            with own_statistics(averaged, self._sample):
+                yield averaged
+
+
+@contextlib.contextmanager
+def own_statistics(model: nn.Module, sample: Sequence[Tensor]) -> Iterator[None]:
+    """BatchNorm's running statistics are those of these very weights, not of others passed through; kept as they were.
+
+    Each layer's are the mean over the batches of `sample` (Izmailov et al. 2018, section 3.2).
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        yield
+        return
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    momenta, training = [m.momentum for m in norms], model.training
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all batches
+    model.train()
+    with torch.no_grad():
+        for x in sample:
+            model(x)
+    model.train(training)
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for name, buffer in model.named_buffers():
+            buffer.copy_(kept[name])
 
 
 class Averaged:
@@ -103,10 +152,84 @@ class ScheduleFree(Driver):
     """Its weights to be evaluated are other ones than those it trains at."""
 
     @contextlib.contextmanager
-    def evaluated(self) -> Iterator[nn.Module]:
+    def evaluated(self, view: str) -> Iterator[nn.Module]:
         self.optimizer.eval()
-        yield self.model
+        with own_statistics(self.model, self._sample):
+            yield self.model
         self.optimizer.train()
+
+
+class Catapult(Driver):
+    """CatapultSGD, or its controller on AdamW; evaluated are the averaged weights and, next to them, the raw ones."""
+
+    views = ("averaged", "raw")
+
+    def __init__(self, setup: Setup, optimizer: Optimizer, controller: CatapultSGD | CatapultLR) -> None:
+        super().__init__(setup.model, optimizer)
+        self._controller = controller
+
+    @property
+    def observer(self) -> CatapultSGD | CatapultLR:
+        return self._controller
+
+    @contextlib.contextmanager
+    def evaluated(self, view: str) -> Iterator[nn.Module]:
+        with averaged(self._controller) if view == "averaged" else contextlib.nullcontext():
+            yield self.model
+
+
+def averaged(controller: Any) -> Any:
+    """A context in which the controller's averaged weights and buffers are in place."""
+    return getattr(controller, "averaged", contextlib.nullcontext)()
+
+
+class CDAT(Driver):
+    """Gradient descent at the rate sigma * max(-g^T u, 0) / |u^T H u| of every step, with the update u = -g.
+
+    Curvature dynamics aware tuning (Roulet et al. 2024, arXiv 2407.06183), without averages over the steps. H is the
+    Hessian of the loss on the step's own batch: on a quadratic the loss falls at sigma < 2, and stays at sigma = 2.
+    """
+
+    def __init__(self, setup: Setup, *, sigma: float) -> None:
+        super().__init__(setup.model, SGD(setup.model.parameters(), lr=0.0))
+        self._criterion, self._sigma = setup.criterion, sigma
+
+    def step(self, loss: float, x: Tensor, y: Tensor) -> None:
+        named = dict(self.model.named_parameters())
+        gradient = [p.grad for p in named.values()]
+        slope = sum(float((g * g).sum()) for g in gradient)
+        curvature = abs(self._curvature(named, gradient, x, y))
+        self.optimizer.param_groups[0]["lr"] = self._sigma * slope / max(curvature, 1e-30)
+        super().step(loss, x, y)
+
+    def _curvature(self, named: dict[str, nn.Parameter], u: list[Tensor], x: Tensor, y: Tensor) -> float:
+        """u^T H u, of the model as it trains; BatchNorm's statistics stay what they are."""
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
+            loss = self._criterion(torch.func.functional_call(self.model, {**named, **buffers}, (x,)), y)
+            slopes = torch.autograd.grad(loss, list(named.values()), create_graph=True)
+            along = sum((s * a).sum() for s, a in zip(slopes, u, strict=True))
+            turned = torch.autograd.grad(along, list(named.values()))
+        return sum(float((h * a).sum()) for h, a in zip(turned, u, strict=True))
+
+
+class GeN(Driver):
+    """AdamW whose rate follows a parabola fitted to three losses of another batch, as the README of gen-optim has it."""
+
+    def __init__(self, setup: Setup, *, every: int) -> None:
+        super().__init__(setup.model, AdamW(setup.model.parameters(), lr=1e-4))
+        self._setup, self._every, self._steps = setup, every, 0
+
+    def step(self, loss: float, x: Tensor, y: Tensor) -> None:
+        from GeN import lr_parabola
+
+        self._steps += 1
+        if self._steps % self._every == 0:
+            lr_parabola(
+                self.model, self.optimizer, self._setup.criterion, tr_iter=self._setup.batches, device="cpu",
+                task="image_cls",
+            )  # fmt: skip
+        super().step(loss, x, y)
 
 
 class Controlled(Driver):
@@ -129,9 +252,9 @@ class Controlled(Driver):
         self._rate, self._loss = 0.0, math.nan
         self.optimizer.register_step_pre_hook(self._have_the_last_word)
 
-    def step(self, loss: float) -> None:
+    def step(self, loss: float, x: Tensor, y: Tensor) -> None:
         self._loss = loss
-        super().step(loss)
+        super().step(loss, x, y)
 
     @property
     def rate(self) -> float:
@@ -162,7 +285,7 @@ class Contender:
     label: str
     build: Build
     settings: dict[str, Any]  # all that makes a run of it another one, for the key under which it is kept
-    kind: str  # "sgd" or "other" (baselines), "catapult", or "control"
+    kind: str  # "sgd" or "adamw" (tuned), "untuned", "catapult", or "control"
     start: Callable[[bool, float], float] | None = None  # (NTK net?, critical rate at the start) -> where a grid begins
     after: str | None = None  # another contender, at whose best rate the grid begins
     follows: Callable[[dict[str, Any]], Any] | None = None  # record of CatapultSGD's run -> what the control is given
@@ -182,12 +305,27 @@ class Contender:
 def _sgd(setup: Setup, *, momentum: float = 0.0, cosine: bool = False, averaged: bool = False) -> Driver:
     optimizer = SGD(setup.model.parameters(), lr=setup.lr, momentum=momentum)
     scheduler = CosineAnnealingLR(optimizer, setup.steps) if cosine else None
-    return Driver(setup.model, optimizer, scheduler, Averaged(setup.model) if averaged else None)
+    return Driver(setup.model, optimizer, scheduler, Averaged(setup.model) if averaged else None, setup.sample)
 
 
 def _adamw(setup: Setup, *, cosine: bool = False) -> Driver:
     optimizer = AdamW(setup.model.parameters(), lr=setup.lr)
     return Driver(setup.model, optimizer, CosineAnnealingLR(optimizer, setup.steps) if cosine else None)
+
+
+def _adamw_as_it_comes(setup: Setup) -> Driver:
+    return Driver(setup.model, AdamW(setup.model.parameters()))
+
+
+def _sgd_as_people_type_it(setup: Setup) -> Driver:
+    optimizer = SGD(setup.model.parameters(), lr=0.01, momentum=0.9)
+    return Driver(setup.model, optimizer, CosineAnnealingLR(optimizer, setup.steps))
+
+
+def _d_adaptation(setup: Setup) -> Driver:
+    from dadaptation import DAdaptAdam
+
+    return Driver(setup.model, DAdaptAdam(setup.model.parameters()))
 
 
 def _prodigy(setup: Setup, *, cosine: bool = False) -> Driver:
@@ -200,7 +338,8 @@ def _prodigy(setup: Setup, *, cosine: bool = False) -> Driver:
 def _dog(setup: Setup) -> Driver:
     from dog import DoG, PolynomialDecayAverager
 
-    return Driver(setup.model, DoG(setup.model.parameters()), averager=PolynomialDecayAverager(setup.model))
+    averager = PolynomialDecayAverager(setup.model)
+    return Driver(setup.model, DoG(setup.model.parameters()), averager=averager, sample=setup.sample)
 
 
 def _schedule_free(setup: Setup, *, kind: str) -> Driver:
@@ -208,14 +347,18 @@ def _schedule_free(setup: Setup, *, kind: str) -> Driver:
 
     optimizer = getattr(schedulefree, kind)(setup.model.parameters())
     optimizer.train()
-    return ScheduleFree(setup.model, optimizer)
+    return ScheduleFree(setup.model, optimizer, sample=setup.sample)
 
 
-def _catapult(setup: Setup, *, length: bool = False, averaged: bool = False, **settings: Any) -> Driver:
+def _catapult(setup: Setup, *, length: bool = False, momentum: float = 0.0, **settings: Any) -> Driver:
+    """CatapultSGD; on a task whose base is AdamW its controller on that, which has a momentum already."""
     chosen = setup.catapult_policy(**({"total_steps": setup.steps} if length else {}))
-    model = setup.model
-    optimizer = CatapultSGD(model.parameters(), model=model, criterion=setup.criterion, policy=chosen, **settings)
-    return Driver(setup.model, optimizer, averager=Averaged(setup.model) if averaged else None)
+    watched: dict[str, Any] = {"model": setup.model, "criterion": setup.criterion, "policy": chosen, **settings}
+    if setup.base == "adamw":
+        adamw = AdamW(setup.model.parameters())
+        return Catapult(setup, adamw, CatapultLR(adamw, **watched))
+    optimizer = CatapultSGD(setup.model.parameters(), momentum=momentum, **watched)
+    return Catapult(setup, optimizer, optimizer)
 
 
 def _capped(setup: Setup) -> Driver:
@@ -339,19 +482,24 @@ CONTENDERS: dict[str, Contender] = {
             "momentum-cosine", "SGD .9, cosine", "sgd", _sgd,
             settings={"momentum": 0.9, "cosine": True}, after="momentum",
         ),
-        _baseline("adamw", "AdamW", "other", _adamw, start=_adam_start),
-        _baseline("adamw-cosine", "AdamW, cosine", "other", _adamw, settings={"cosine": True}, after="adamw"),
-        _baseline("prodigy", "Prodigy", "other", _prodigy, package="prodigyopt"),
+        _baseline("adamw", "AdamW", "adamw", _adamw, start=_adam_start),
+        _baseline("adamw-cosine", "AdamW, cosine", "adamw", _adamw, settings={"cosine": True}, after="adamw"),
+        _baseline("adamw-1e-3", "AdamW at .001", "untuned", _adamw_as_it_comes),
+        _baseline("sgd-1e-2", "SGD .9 at .01, cosine", "untuned", _sgd_as_people_type_it),
+        _baseline("cdat", "CDAT", "untuned", CDAT, settings={"sigma": 2.0}),
+        _baseline("d-adaptation", "D-Adaptation (Adam)", "untuned", _d_adaptation, package="dadaptation"),
+        _baseline("gen", "GeN (AdamW)", "untuned", GeN, settings={"every": 4}, package="GeN"),  # its README's lower bound
+        _baseline("prodigy", "Prodigy", "untuned", _prodigy, package="prodigyopt"),
         _baseline(
-            "prodigy-cosine", "Prodigy, cosine", "other", _prodigy, settings={"cosine": True}, package="prodigyopt"
+            "prodigy-cosine", "Prodigy, cosine", "untuned", _prodigy, settings={"cosine": True}, package="prodigyopt"
         ),
-        _baseline("dog", "DoG, averaged", "other", _dog, package="dog"),
+        _baseline("dog", "DoG, averaged", "untuned", _dog, package="dog"),
         _baseline(
-            "schedule-free", "Schedule-Free AdamW", "other", _schedule_free,
+            "schedule-free", "Schedule-Free AdamW", "untuned", _schedule_free,
             settings={"kind": "AdamWScheduleFree"}, package="schedulefree",
         ),
         _baseline(
-            "schedule-free-sgd", "Schedule-Free SGD", "other", _schedule_free,
+            "schedule-free-sgd", "Schedule-Free SGD", "untuned", _schedule_free,
             settings={"kind": "SGDScheduleFree"}, package="schedulefree",
         ),
         _own("catapult", "CatapultSGD", "catapult", _catapult),
@@ -361,7 +509,6 @@ CONTENDERS: dict[str, Contender] = {
             "catapult-m-T", "CatapultSGD .9, total_steps", "catapult", _catapult,
             settings={"momentum": 0.9, "length": True},
         ),
-        _own("catapult-averaged", "CatapultSGD, averaged", "catapult", _catapult, settings={"averaged": True}),
         _own("catapult-5", "CatapultSGD, 5 % overhead", "catapult", _catapult, settings={"overhead": 0.05}),
         _own("capped", f"controller capped at {BELOW:g} eta_crit", "control", _capped),
         _own("mean-rate", "constant, CatapultSGD's mean rate", "control", _mean_rate, follows=lambda r: r["mean_rate"]),

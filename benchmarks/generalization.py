@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import CONTENDERS
+from contenders import BASELINES, CONTENDERS
 from protocol import Plan, Record, Results, Run, train
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -50,7 +50,7 @@ from catapult_opt.analysis.datasets import DataError
 # Left out unless asked for: variants that add little.
 _EXTRA = ("prodigy-cosine", "schedule-free-sgd")
 GROUPS = {
-    "baselines": [c.name for c in CONTENDERS.values() if c.kind in ("sgd", "other") and c.name not in _EXTRA],
+    "baselines": [c.name for c in CONTENDERS.values() if c.kind in BASELINES and c.name not in _EXTRA],
     "catapults": [c.name for c in CONTENDERS.values() if c.kind == "catapult"],
     "controls": [c.name for c in CONTENDERS.values() if c.kind == "control"],
 }
@@ -133,7 +133,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks, contenders = ["default", "all", *TASKS], [*GROUPS, *CONTENDERS]
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with the data sets")
-    parser.add_argument("--out", type=Path, default=Path("runs/generalization"), help="folder (default: %(default)s)")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[Path("runs/generalization.jsonl")], metavar="FILE",
+        help="what is finished and what is new; further files are only read (default: runs/generalization.jsonl)",
+    )  # fmt: skip
     parser.add_argument("--tasks", nargs="+", default=["default"], choices=tasks, metavar="NAME", help=", ".join(tasks))
     parser.add_argument(
         "--optimizers", nargs="+", default=["baselines", "catapults"], choices=contenders, metavar="NAME",
@@ -165,8 +168,9 @@ def main(arguments: list[str] | None = None) -> int:
         policy=dict(options.policy),
         folder=options.data,
     )
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = Results(options.out / "runs.jsonl")
+    path, *others = options.results
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = Results(path, others)
     if not options.report:
         try:
             check(plan.tasks, options.data)
@@ -181,8 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
     for task in plan.tasks if options.details else ():
         console.print(details(plan, task, results))
     try:
-        plot(plan, results, options.out / "generalization.png")
-        picture = f"picture: {options.out / 'generalization.png'}"
+        plot(plan, results, path.with_suffix(".png"))
+        picture = f"picture: {path.with_suffix('.png')}"
     except ImportError:
         picture = "no picture without matplotlib (pip install 'catapult_opt[plot]')"
     console.print(f"{len(results.records)} runs in {results.path}; {picture}", markup=False, highlight=False)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from contenders import CONTENDERS
+from contenders import BASELINES, CONTENDERS
 from paired import Comparison, compare
 from protocol import FOLLOWED, Plan, Record, Results, best_rate, is_interior, setting
 from rich import box
@@ -102,7 +102,7 @@ def table(plan: Plan, results: Results) -> Table:
         out.add_column(header, justify="right")
     for task in plan.tasks:
         members = found[task]
-        sgd, baseline, main = best_of(members, ["sgd"]), best_of(members, ["sgd", "other"]), members.get(FOLLOWED)
+        sgd, baseline, main = best_of(members, ["sgd"]), best_of(members, BASELINES), members.get(FOLLOWED)
         cells = [_cell(members.get(c.name), sgd, baseline) for c in ours]
         out.add_row(task.name, task.metric, _named(sgd), _named(baseline), *cells, _last(main, sgd), *_timed(main, sgd))
     return out
@@ -213,8 +213,8 @@ def plot(plan: Plan, results: Results, path: Path) -> None:
     """Every contender's median over the best tuned SGD's, a row a task; bars: quartiles of CatapultSGD."""
     from matplotlib.figure import Figure
 
-    colors = {"sgd": "#9aa5b1", "other": "#edae49", "control": "#7b6d8d", "catapult": "#d1495b"}
-    names = {"sgd": "SGD, tuned", "other": "other baselines", "control": "controls", "catapult": "CatapultSGD"}
+    colors = {"sgd": "#9aa5b1", "adamw": "#66a182", "untuned": "#edae49", "control": "#7b6d8d", "catapult": "#d1495b"}
+    names = {"sgd": "SGD, tuned", "adamw": "AdamW, tuned", "untuned": "untuned", "control": "controls", "catapult": "CatapultSGD"}
     figure = Figure(figsize=(9, 1.5 + 0.42 * len(plan.tasks)), layout="constrained")
     ax = figure.subplots()
     drawn = set()
