@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -118,26 +119,33 @@ class Trajectory:
 
 
 class Rates:
-    """The rates a driver applied: their mean, and how long the controller stayed above the edge each time."""
+    """The rates a driver applied: their mean, and how they stood against the critical rate last measured."""
 
     def __init__(self) -> None:
-        self._sum, self._steps = 0.0, 0
-        self.raised: list[int] = []  # lengths of the controller's phases at a raised rate
-        self._up = False
+        self._rates: list[float] = []
+        self._relative: list[float] = []  # in critical rates, where there is one
 
     def add(self, driver: Driver) -> None:
-        self._steps += 1
-        self._sum += driver.rate
-        up = getattr(driver.optimizer, "phase", None) in ("arm", "hot")
-        if up and not self._up:
-            self.raised.append(0)
-        if up:
-            self.raised[-1] += 1
-        self._up = up
+        self._rates.append(driver.rate)
+        found = getattr(driver.observer, "last", None)
+        if found is not None and math.isfinite(found.eta_crit):
+            self._relative.append(driver.rate / found.eta_crit)
 
     @property
     def mean(self) -> float:
-        return self._sum / max(1, self._steps)
+        return sum(self._rates) / max(1, len(self._rates))
+
+    @property
+    def above(self) -> Record | None:
+        """Lengths in steps of the stays above the critical rate; mean rates there and below, in critical rates.
+
+        None for an optimizer that nobody measures for.
+        """
+        if not self._relative:
+            return None
+        lengths = [len(list(group)) for up, group in itertools.groupby(r > 1 for r in self._relative) if up]
+        up, down = [r for r in self._relative if r > 1], [r for r in self._relative if r <= 1]
+        return {"lengths": lengths, "up": sum(up) / max(1, len(up)), "down": sum(down) / max(1, len(down))}
 
 
 def train(run: Run, folder: Path | None) -> Record:
@@ -193,7 +201,7 @@ def train(run: Run, folder: Path | None) -> Record:
         **first.told(),
         "views": {view: t.told() for view, t in trajectories.items() if t is not first},
         "mean_rate": rates.mean,
-        "raised": rates.raised,
+        "above": rates.above,
         "catapults": getattr(observer, "catapults", None),
         "super_critical": getattr(observer, "super_critical_steps", None),
         "weights": weights,

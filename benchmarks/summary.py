@@ -214,7 +214,13 @@ def plot(plan: Plan, results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
 
     colors = {"sgd": "#9aa5b1", "adamw": "#66a182", "untuned": "#edae49", "control": "#7b6d8d", "catapult": "#d1495b"}
-    names = {"sgd": "SGD, tuned", "adamw": "AdamW, tuned", "untuned": "untuned", "control": "controls", "catapult": "CatapultSGD"}
+    names = {
+        "sgd": "SGD, tuned",
+        "adamw": "AdamW, tuned",
+        "untuned": "untuned",
+        "control": "controls",
+        "catapult": "CatapultSGD",
+    }
     figure = Figure(figsize=(9, 1.5 + 0.42 * len(plan.tasks)), layout="constrained")
     ax = figure.subplots()
     drawn = set()

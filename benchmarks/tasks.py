@@ -1,9 +1,9 @@
 """The tasks of the generalization benchmark: a line each.
 
 Tasks "-ntk" use the thesis' networks (no biases, NTK parameterisation), all others PyTorch's default layers. Rank tasks
-are the thesis' synthetic regressions, the sine task is one more with a smooth network; the text is that of Python's own
-help topics, which differ a little from one version of Python to the next; the rest are small pieces of public data sets,
-read from a folder of the user's.
+are the thesis' synthetic regressions, the sine task is one more, with a smooth network. The text is that of Python's
+help topics, which differ a little from one version of Python to the next. The rest are small pieces of public data
+sets, read from a folder of the user's.
 The seed draws everything: samples or split, label noise, initial weights, order of the batches. It never depends on the
 optimizer, so that runs of one seed are paired.
 """
@@ -271,8 +271,8 @@ DEFAULT: tuple[Task, ...] = (
     Task("rank3", "rank-3", "mlp", depth=4, width=64, train=1000, steps=400),
     Task("rank2-ntk", "rank-2", "ntk", depth=2, width=256, train=1000, steps=400),
     Task("sine-tanh", "sine", "tanh", depth=3, width=64, train=1000, steps=600, d=20),
-    Task("resnet", "cifar10", "resnet", depth=8, width=6, train=1000, steps=300, batch=32, loss="ce", classes=(0, 2)),
-    Task("gpt", "topics", "gpt", depth=2, width=32, train=2000, steps=500, batch=16, loss="ce", val=200, test=300,
+    Task("resnet", "cifar10", "resnet", depth=8, width=6, train=1000, steps=250, batch=32, loss="ce", classes=(0, 2)),
+    Task("gpt", "topics", "gpt", depth=2, width=32, train=2000, steps=400, batch=16, loss="ce", val=200, test=300,
          base="adamw"),
 )  # fmt: skip
 
@@ -286,9 +286,9 @@ _MORE: tuple[Task, ...] = (
     Task("usps", "usps", "mlp", depth=3, width=64, train=500, steps=800, loss="ce"),
     Task("plane-bird-mlp", "cifar10", "mlp", depth=3, width=64, train=500, steps=800, loss="ce", classes=(0, 2)),
     Task("horse-truck-cnn", "cifar10", "cnn", depth=3, width=6, train=300, steps=600, classes=(7, 9)),
-    Task("resnet-horse-truck", "cifar10", "resnet", depth=8, width=6, train=1000, steps=300, batch=32, loss="ce",
+    Task("resnet-horse-truck", "cifar10", "resnet", depth=8, width=6, train=1000, steps=250, batch=32, loss="ce",
          classes=(7, 9)),
-    Task("gpt-sgd", "topics", "gpt", depth=2, width=32, train=2000, steps=500, batch=16, loss="ce", val=200, test=300),
+    Task("gpt-sgd", "topics", "gpt", depth=2, width=32, train=2000, steps=400, batch=16, loss="ce", val=200, test=300),
     Task("fashion-100", "fashion_mnist", "mlp", depth=3, width=64, train=100, steps=600, loss="ce"),
     Task("fashion-2000", "fashion_mnist", "mlp", depth=3, width=64, train=2000, steps=2000, batch=50, loss="ce"),
 )  # fmt: skip
