@@ -97,11 +97,13 @@ def _schedule_free(setup: Setup, *, kind: str) -> Driver:
     return ScheduleFree(setup.model, optimizer, sample=setup.sample)
 
 
-def _catapult(setup: Setup, *, length: bool = False, momentum: float = 0.0, **settings: Any) -> Driver:
-    """CatapultSGD; on a task whose base is AdamW its controller on that, which has a momentum already."""
+def _catapult(
+    setup: Setup, *, length: bool = False, momentum: float = 0.0, base: str | None = None, **settings: Any
+) -> Driver:
+    """CatapultSGD; where the base is AdamW its controller on that, which has a momentum already."""
     chosen = setup.catapult_policy(**({"total_steps": setup.steps} if length else {}))
     watched: dict[str, Any] = {"model": setup.model, "criterion": setup.criterion, "policy": chosen, **settings}
-    if setup.base == "adamw":
+    if (base or setup.base) == "adamw":
         adamw = AdamW(setup.model.parameters())
         return Catapult(setup, adamw, CatapultLR(adamw, **watched))
     optimizer = CatapultSGD(setup.model.parameters(), momentum=momentum, **watched)
@@ -189,6 +191,7 @@ CONTENDERS: dict[str, Contender] = {
             "catapult-m-T", "CatapultSGD .9, total_steps", "catapult", _catapult,
             settings={"momentum": 0.9, "length": True},
         ),
+        _own("catapult-adamw", "CatapultLR on AdamW", "catapult", _catapult, settings={"base": "adamw"}),
         _own("catapult-5", "CatapultSGD, 5 % overhead", "catapult", _catapult, settings={"overhead": 0.05}),
         _own("capped", f"controller capped at {BELOW:g} eta_crit", "control", capped),
         _own("mean-rate", "constant, CatapultSGD's mean rate", "control", mean_rate, follows=lambda r: r["mean_rate"]),
