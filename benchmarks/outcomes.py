@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from contenders import CONTENDERS, Contender
+from contenders import BASELINES, CONTENDERS, Contender
 from paired import Estimate, geometric_mean, ratio
 from protocol import FOLLOWED, Plan, Record, Results, best_rate, is_interior, setting
 from tasks import Task
@@ -111,7 +111,7 @@ def _other_weights(contender: Contender, main: Outcome) -> list[Outcome]:
 
 @dataclass(frozen=True)
 class Line:
-    """One of our rows against a reference over all tasks that have both: at the best validation loss or the last step."""
+    """One of our rows against a reference, over all tasks that have both."""
 
     mean: Estimate  # geometric, of the ratios ours / reference
     worst: Estimate  # the highest ratio,
@@ -155,7 +155,7 @@ REFERENCES: dict[str, Reference] = {"best tuned SGD": tuned, "best untuned peer"
 
 
 def lines(tasks: Sequence[Found]) -> list[tuple[str, str, Line | None, Line | None]]:
-    """(our row, reference, at the best validation loss, at the last step): every row of ours against both references."""
+    """Every row of ours against both references: (row, reference, at the best validation loss, at the last step)."""
     labels = {o.name: o.label for found in tasks for o in found.ours}
     return [
         (label, said, line(tasks, name, reference, "best"), line(tasks, name, reference, "last"))
@@ -166,9 +166,7 @@ def lines(tasks: Sequence[Found]) -> list[tuple[str, str, Line | None, Line | No
 
 def lines_against_each(tasks: Sequence[Found]) -> list[tuple[str, str, Line | None, Line | None]]:
     """The same of our main row against every baseline by itself."""
-    others = {
-        o.name: o.label for found in tasks for o in found.outcomes.values() if o.kind not in ("catapult", "control")
-    }
+    others = {o.name: o.label for found in tasks for o in found.outcomes.values() if o.kind in BASELINES}
     return [
         (label, name, line(tasks, FOLLOWED, named(name), "best"), line(tasks, FOLLOWED, named(name), "last"))
         for name, label in others.items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import statistics
 from collections.abc import Sequence
@@ -50,21 +49,21 @@ def markdown(content: dict[str, Any]) -> str:
     single = [(label, *cells_of(*both)) for label, _, *both in lines_against_each(tasks)]
     parts = [
         "# Benchmark",
-        f"{len(tasks)} small tasks, each optimizer on the seeds {first} to {last}. SGD and AdamW are tuned: their rate is "
-        f"the one of the lowest validation loss on the seeds {tuning}, on a grid of factor 2 that goes on until the best "
-        "rate lies inside. CatapultSGD and the peers are used with nothing set. A seed fixes data, initial weights and "
-        "the order of the batches for everybody. Numbers are medians over the seeds of the test loss, or of the test "
-        "error in per cent: lower is better. *Best validation* is the step with the lowest validation loss, *last step* "
-        "is what a user without a validation set gets.",
+        f"{len(tasks)} small tasks, each optimizer on the seeds {first} to {last}. SGD and AdamW are tuned: their rate "
+        f"is the one of the lowest validation loss on the seeds {tuning}, on a grid of factor 2 that goes on until the "
+        "best rate lies inside. CatapultSGD and the peers are used with nothing set. A seed fixes data, initial "
+        "weights and the order of the batches for everybody. Numbers are medians over the seeds of the test loss, or "
+        "of the test error in per cent: lower is better. *Best validation* is the step with the lowest validation loss, "
+        "*last step* is what a user without a validation set gets.",
         "CatapultSGD is evaluated at its averaged weights, and next to them at the raw ones. What it is compared with, "
-        "the best tuned SGD (AdamW, where the controller drives AdamW) and the best untuned peer, is chosen for each task "
-        "on the reported seeds themselves, so that the comparison is in its favour.",
-        "This page is made from [results-benchmark.json](results-benchmark.json) by `python benchmarks/generalization.py "
-        f"--report --publish docs` (torch {content['torch']}, Python {content['python']}).",
+        "the best tuned SGD (AdamW, where the controller drives AdamW) and the best untuned peer, is chosen for each "
+        "task on the reported seeds themselves, so that the comparison is in its favour.",
+        f"This page is made from [{_NAME}.json]({_NAME}.json) by `python benchmarks/generalization.py --report "
+        f"--publish docs` (torch {content['torch']}, Python {content['python']}).",
         "## Over all tasks",
-        "Geometric means of the ratios ours / reference with 95 % bootstrap intervals over the tasks, and the task with the "
-        f"highest ratio with the interval over its seeds. Below 1 ours is better. A ratio counts as {CLIP:g} at most and "
-        f"{1 / CLIP:g} at least, also where a run diverged.",
+        "Geometric means of the ratios ours / reference with 95 % bootstrap intervals over the tasks, and the task "
+        "with the highest ratio with the interval over its seeds. Below 1 ours is better. A ratio counts as "
+        f"{CLIP:g} at most and {1 / CLIP:g} at least, also where a run diverged.",
         _table(("ours", "against", *_LINES), total),
         "CatapultSGD against every single baseline:",
         _table(("against", *_LINES), single),
@@ -105,11 +104,9 @@ def _every_optimizer(found: Found) -> str:
         rate = "" if outcome.lr is None else f"{outcome.lr:.3g}{'' if outcome.interior else ' (edge)'}"
         median, last = (number(statistics.median(values.values())) for values in (outcome.best, outcome.last))
         seconds = f"{statistics.median(outcome.seconds.values()):.2f}"
-        diverged = sum(math.isinf(value) for value in outcome.last.values())
+        failed = f"{outcome.failures} of {len(outcome.last)}" if outcome.failures else ""
         spread = f"{median} ({number(low)} to {number(high)})"
-        rows.append(
-            (outcome.label, rate, spread, last, f"{diverged} of {len(outcome.last)}" if diverged else "", seconds)
-        )
+        rows.append((outcome.label, rate, spread, last, failed, seconds))
     return _table(("optimizer", "rate", f"best validation: {found.metric}", "last step", "diverged", "CPU s"), rows)
 
 

@@ -21,10 +21,10 @@ def table(tasks: Sequence[Found]) -> Table:
     """A row a task: the best tuned SGD, the best untuned peer, and CatapultSGD against both."""
     out = Table(
         title="Test metric at the best validation loss: median of the report seeds",
-        caption="Two marks: against the best tuned SGD (where ours drives AdamW, tuned AdamW), against the best untuned "
-        "peer, both chosen on these very seeds. + better, - worse, = the 95 % interval of the paired difference holds "
-        "zero. (n): runs that diverged. One mark: against that tuned SGD. Time: CPU seconds over the tuned SGD's, "
-        "measuring included.",
+        caption="Two marks: against the best tuned SGD (where ours drives AdamW, tuned AdamW), against the best "
+        "untuned peer, both chosen on these very seeds. + better, - worse, = the 95 % interval of the paired "
+        "difference holds zero. (n): runs that diverged. One mark: against that tuned SGD. Time: CPU seconds over the "
+        "tuned SGD's, measuring included.",
         caption_justify="left",
         title_justify="left",
         box=box.SIMPLE_HEAD,
