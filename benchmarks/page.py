@@ -53,8 +53,8 @@ def markdown(content: dict[str, Any]) -> str:
         f"is the one of the lowest validation loss on the seeds {tuning}, on a grid of factor 2 that goes on until the "
         "best rate lies inside. CatapultSGD and the peers are used with nothing set. A seed fixes data, initial "
         "weights and the order of the batches for everybody. Numbers are medians over the seeds of the test loss, or "
-        "of the test error in per cent: lower is better. *Best validation* is the step with the lowest validation loss, "
-        "*last step* is what a user without a validation set gets.",
+        "of the test error in per cent: lower is better. *Best validation* is the step with the lowest validation "
+        "loss, *last step* is what a user without a validation set gets.",
         "CatapultSGD is evaluated at its averaged weights, and next to them at the raw ones. What it is compared with, "
         "the best tuned SGD (AdamW, where the controller drives AdamW) and the best untuned peer, is chosen for each "
         "task on the reported seeds themselves, so that the comparison is in its favour.",
