@@ -77,16 +77,16 @@ class Driver:
     @property
     def observer(self) -> Any:
         """Who counts catapults and measured steps, if anybody."""
-        return self.optimizer if isinstance(self.optimizer, CatapultSGD) else None
+        return None
 
     @contextlib.contextmanager
     def evaluated(self, view: str) -> Iterator[nn.Module]:
         if self._averager is None:
             yield self.model
         else:
-            averaged = self._averager.averaged_model
-            with own_statistics(averaged, self._sample):
-                yield averaged
+            model = self._averager.averaged_model
+            with own_statistics(model, self._sample):
+                yield model
 
 
 @contextlib.contextmanager
@@ -165,7 +165,7 @@ class Catapult(Driver):
 
 
 def averaged(controller: Any) -> Any:
-    """A context in which the controller's averaged weights and buffers are in place."""
+    """A context in which the controller's averaged weights and buffers are in place of the raw ones."""
     return getattr(controller, "averaged", contextlib.nullcontext)()
 
 

@@ -26,8 +26,8 @@ Tasks (benchmarks/tasks.py) x optimizers (benchmarks/contenders.py) x seeds:
 
 Every finished run is a line of JSON in the first of the files, and is never done twice: a benchmark that was stopped
 goes on where it was. Runs of other settings, or of CatapultSGD with another policy, stay in the file and out of the
-table; baselines do not depend on this package, and need not be run again when it changes. Rank tasks need no data; the
-data sets are read by catapult_opt.analysis.datasets, which says of a missing one how to get it. The peers' packages:
+table; baselines do not depend on this package, and need not be run again when it changes. The data sets are read by
+catapult_opt.analysis.datasets, which says of a missing one how to get it. The peers' packages:
 pip install --no-deps -r constraints-bench.txt.
 """
 
@@ -66,7 +66,7 @@ GROUPS = {
     "controls": [c.name for c in CONTENDERS.values() if c.kind == "control"],
 }
 QUICK_TASK = dataclasses.replace(TASKS["rank2"], name="quick", width=16, train=40, d=5, steps=30, val=40, test=40)
-_RANK_TASKS = [task.name for task in DEFAULT if task.synthetic]
+_WITHOUT_DATA = [task.name for task in DEFAULT if not task.classifies]
 Map = Callable[[Callable[[Run], Record], Iterable[Run]], Iterator[Record]]
 
 
@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
             check(plan.tasks, options.data)
             run_all(plan, results, options.jobs, notes)
         except DataError as error:
-            notes.print(f"{error}\nThe rank tasks need no data: --tasks {' '.join(_RANK_TASKS)}", markup=False)
+            notes.print(f"{error}\nWithout any data: --tasks {' '.join(_WITHOUT_DATA)}", markup=False)
             return 1
         except KeyboardInterrupt:
             notes.print("Stopped. The same command goes on from here; --report shows what is there.")
