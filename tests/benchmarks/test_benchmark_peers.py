@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 from contenders import CONTENDERS  # noqa: E402
 from drivers import CDAT, Catapult, Driver, GeN, Setup, own_statistics  # noqa: E402

@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import nn
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 from contenders import CONTENDERS, code_of  # noqa: E402
 from controls import BELOW, RandomSpikes, place  # noqa: E402

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 from generalization import main  # noqa: E402
 from outcomes import Found, Outcome, line, lines, lines_against_each, named, read, told, tuned, untuned  # noqa: E402
