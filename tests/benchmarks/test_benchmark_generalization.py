@@ -334,12 +334,21 @@ def test_missing_data_is_known_before_anything_runs(tmp_path: Path, capsys: pyte
     assert "USPS" in message and "--tasks rank2" in message
 
 
-def test_policy_change_reaches_the_optimizer() -> None:
+def test_policy_change_reaches_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    class Told(CatapultSGD):
+        def __init__(self, *args: Any, policy: CatapultPolicy, **settings: Any) -> None:
+            given.append(policy)
+            super().__init__(*args, policy=policy, **settings)
+
+    monkeypatch.setattr("contenders.CatapultSGD", Told)
     problem = draw(TASK, None, 0)
     setup = Setup(problem.build(), criterion(TASK), TASK.steps, policy=dict([policy_change("total_steps=77")]))
-    optimizer = CONTENDERS["catapult"].build(setup).optimizer
-    assert isinstance(optimizer, CatapultSGD)
-    assert optimizer._machine is not None and optimizer._machine.policy == CatapultPolicy(total_steps=77)
+    for name in ("catapult", "catapult-T"):
+        CONTENDERS[name].build(setup)
+    CONTENDERS["catapult-T"].build(dataclasses.replace(setup, policy={}))
+    assert given == [CatapultPolicy(total_steps=steps) for steps in (77, 77, 12)]
     with pytest.raises(TypeError, match="kapa"):
         policy_change("kapa=3")
 
