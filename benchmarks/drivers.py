@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -215,7 +216,9 @@ class GeN(Driver):
 
         self._steps += 1
         if self._steps % self._every == 0:
-            lr_parabola(
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # three points leave no covariance, and scipy says so each time
+                lr_parabola(
                 self.model, self.optimizer, self._setup.criterion, tr_iter=self._setup.batches, device="cpu",
                 task="image_cls",
             )  # fmt: skip
