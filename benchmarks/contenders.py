@@ -1,156 +1,26 @@
-"""The optimizers of the generalization benchmark, and the controls that tell what of a catapult it is that pays.
-
-A contender is an entry of `CONTENDERS`. The controls are built on the package's public interface: the controller (or
-the monitor) sets or reads what it always does, and a hook registered after its own has the last word on the rate.
-"""
+"""The optimizers of the generalization benchmark: an entry of `CONTENDERS` each."""
 
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.util
-import inspect
-import math
-import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from controls import BELOW, capped, mean_rate, random_spikes, tracking
+from drivers import CDAT, Averaged, Catapult, Driver, GeN, ScheduleFree, Setup
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from catapult_opt import CatapultLR, CatapultMonitor, CatapultPolicy, CatapultSGD, policy
+from catapult_opt import CatapultLR, CatapultPolicy, CatapultSGD
 
-BELOW = 0.95  # the cap of the control that may not go above the critical rate, in critical rates
-
-
-@dataclass
-class Setup:
-    """What a contender is built for."""
-
-    model: nn.Module
-    criterion: nn.Module
-    steps: int
-    seed: int = 0
-    lr: float | None = None  # of a tuned contender
-    given: Any = None  # what a control takes over from the run of CatapultSGD with the same seed
-    policy: dict[str, Any] = field(default_factory=dict)  # changes to the default policy
-
-    def catapult_policy(self, **settings: Any) -> CatapultPolicy:
-        return CatapultPolicy(**{**settings, **self.policy})
-
-
-class Driver:
-    """An optimizer in a training loop: `step` after each backward pass, `evaluated` for the model to look at.
-
-    Args:
-        optimizer: stepped.
-        scheduler: stepped after it.
-        averager: with `step()` and `averaged_model`, which is then what is evaluated.
-    """
-
-    def __init__(
-        self, model: nn.Module, optimizer: Any, scheduler: LRScheduler | None = None, averager: Any = None
-    ) -> None:
-        self.model, self.optimizer = model, optimizer
-        self._scheduler, self._averager = scheduler, averager
-
-    def step(self, loss: float) -> None:
-        self.optimizer.step()
-        if self._scheduler is not None:
-            self._scheduler.step()
-        if self._averager is not None:
-            self._averager.step()
-
-    @property
-    def rate(self) -> float:
-        """Of the last step."""
-        group = self.optimizer.param_groups[0]
-        return float(group["effective_lr"]) if "effective_lr" in group else float(group["lr"])
-
-    @property
-    def observer(self) -> Any:
-        """Who counts catapults and measured steps, if anybody."""
-        return self.optimizer if isinstance(self.optimizer, CatapultSGD) else None
-
-    @contextlib.contextmanager
-    def evaluated(self) -> Iterator[nn.Module]:
-        yield self.model if self._averager is None else self._averager.averaged_model
-
-
-class Averaged:
-    """An exponential moving average of the weights over the last fifty steps or so (torch's own)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.98))
-
-    def step(self) -> None:
-        self._average.update_parameters(self._model)
-
-    @property
-    def averaged_model(self) -> nn.Module:
-        averaged: nn.Module = self._average.module
-        return averaged
-
-
-class ScheduleFree(Driver):
-    """Its weights to be evaluated are other ones than those it trains at."""
-
-    @contextlib.contextmanager
-    def evaluated(self) -> Iterator[nn.Module]:
-        self.optimizer.eval()
-        yield self.model
-        self.optimizer.train()
-
-
-class Controlled(Driver):
-    """Plain SGD whose rate of the coming step is set by a rule, on top of an observer that measures every step.
-
-    Args:
-        setup: for what.
-        observe: makes the observer; its hook on the optimizer runs first.
-        rule: (rate so far, critical rate of this very step, loss) -> rate of this step.
-    """
-
-    def __init__(
-        self,
-        setup: Setup,
-        observe: Callable[[SGD], CatapultMonitor | CatapultLR],
-        rule: Callable[[float, float, float], float],
-    ) -> None:
-        super().__init__(setup.model, SGD(setup.model.parameters(), lr=1.0))
-        self._observer, self._rule = observe(self.optimizer), rule
-        self._rate, self._loss = 0.0, math.nan
-        self.optimizer.register_step_pre_hook(self._have_the_last_word)
-
-    def step(self, loss: float) -> None:
-        self._loss = loss
-        super().step(loss)
-
-    @property
-    def rate(self) -> float:
-        return self._rate
-
-    @property
-    def observer(self) -> CatapultMonitor | CatapultLR:
-        return self._observer
-
-    def _have_the_last_word(self, optimizer: Optimizer, *_: Any) -> None:
-        found = self._observer.last
-        assert found is not None
-        (group,) = optimizer.param_groups
-        # Without any curvature the critical rate is infinite, and no rule for a rate.
-        if math.isfinite(found.eta_crit):
-            self._rate = self._rule(group["lr"], found.eta_crit, self._loss)
-        group["lr"] = self._rate
-
-
+BASELINES = ("sgd", "adamw", "untuned")  # the kinds of contenders that do not depend on this package
+_DECIDING = ("policy", "controller", "observer", "schedule", "memory")  # modules that the rates and weights come from
 Build = Callable[[Setup], Driver]
 
 
@@ -162,7 +32,7 @@ class Contender:
     label: str
     build: Build
     settings: dict[str, Any]  # all that makes a run of it another one, for the key under which it is kept
-    kind: str  # "sgd" or "other" (baselines), "catapult", or "control"
+    kind: str  # "sgd" or "adamw" (tuned), "untuned", "catapult", or "control"
     start: Callable[[bool, float], float] | None = None  # (NTK net?, critical rate at the start) -> where a grid begins
     after: str | None = None  # another contender, at whose best rate the grid begins
     follows: Callable[[dict[str, Any]], Any] | None = None  # record of CatapultSGD's run -> what the control is given
@@ -182,12 +52,27 @@ class Contender:
 def _sgd(setup: Setup, *, momentum: float = 0.0, cosine: bool = False, averaged: bool = False) -> Driver:
     optimizer = SGD(setup.model.parameters(), lr=setup.lr, momentum=momentum)
     scheduler = CosineAnnealingLR(optimizer, setup.steps) if cosine else None
-    return Driver(setup.model, optimizer, scheduler, Averaged(setup.model) if averaged else None)
+    return Driver(setup.model, optimizer, scheduler, Averaged(setup.model) if averaged else None, setup.sample)
 
 
 def _adamw(setup: Setup, *, cosine: bool = False) -> Driver:
     optimizer = AdamW(setup.model.parameters(), lr=setup.lr)
     return Driver(setup.model, optimizer, CosineAnnealingLR(optimizer, setup.steps) if cosine else None)
+
+
+def _adamw_as_it_comes(setup: Setup) -> Driver:
+    return Driver(setup.model, AdamW(setup.model.parameters()))
+
+
+def _sgd_as_people_type_it(setup: Setup) -> Driver:
+    optimizer = SGD(setup.model.parameters(), lr=0.01, momentum=0.9)
+    return Driver(setup.model, optimizer, CosineAnnealingLR(optimizer, setup.steps))
+
+
+def _d_adaptation(setup: Setup) -> Driver:
+    from dadaptation import DAdaptAdam
+
+    return Driver(setup.model, DAdaptAdam(setup.model.parameters()))
 
 
 def _prodigy(setup: Setup, *, cosine: bool = False) -> Driver:
@@ -200,7 +85,8 @@ def _prodigy(setup: Setup, *, cosine: bool = False) -> Driver:
 def _dog(setup: Setup) -> Driver:
     from dog import DoG, PolynomialDecayAverager
 
-    return Driver(setup.model, DoG(setup.model.parameters()), averager=PolynomialDecayAverager(setup.model))
+    averager = PolynomialDecayAverager(setup.model)
+    return Driver(setup.model, DoG(setup.model.parameters()), averager=averager, sample=setup.sample)
 
 
 def _schedule_free(setup: Setup, *, kind: str) -> Driver:
@@ -208,92 +94,31 @@ def _schedule_free(setup: Setup, *, kind: str) -> Driver:
 
     optimizer = getattr(schedulefree, kind)(setup.model.parameters())
     optimizer.train()
-    return ScheduleFree(setup.model, optimizer)
+    return ScheduleFree(setup.model, optimizer, sample=setup.sample)
 
 
-def _catapult(setup: Setup, *, length: bool = False, averaged: bool = False, **settings: Any) -> Driver:
+def _catapult(
+    setup: Setup, *, length: bool = False, momentum: float = 0.0, base: str | None = None, **settings: Any
+) -> Driver:
+    """CatapultSGD; where the base is AdamW its controller on that, which has a momentum already."""
     chosen = setup.catapult_policy(**({"total_steps": setup.steps} if length else {}))
-    model = setup.model
-    optimizer = CatapultSGD(model.parameters(), model=model, criterion=setup.criterion, policy=chosen, **settings)
-    return Driver(setup.model, optimizer, averager=Averaged(setup.model) if averaged else None)
-
-
-def _capped(setup: Setup) -> Driver:
-    """CatapultSGD's controller, whose rate is cut to just below the critical one of every step."""
-
-    def control(optimizer: SGD) -> CatapultLR:
-        settings = setup.catapult_policy()
-        return CatapultLR(optimizer, model=setup.model, criterion=setup.criterion, policy=settings, every=1)
-
-    return Controlled(setup, control, lambda decided, eta_crit, _: min(decided, BELOW * eta_crit))
-
-
-def _watched(setup: Setup) -> Callable[[SGD], CatapultMonitor]:
-    return lambda optimizer: CatapultMonitor(optimizer, model=setup.model, criterion=setup.criterion)
-
-
-def _mean_rate(setup: Setup) -> Driver:
-    """The mean of the rates that CatapultSGD applied, all the way."""
-    return Driver(setup.model, SGD(setup.model.parameters(), lr=setup.given))
-
-
-def _tracking(setup: Setup) -> Driver:
-    """A fixed multiple of the critical rate of every step (as CDAT does, Roulet et al. 2024), the multiple tuned."""
-    assert setup.lr is not None
-    return Controlled(setup, _watched(setup), lambda _, eta_crit, loss: setup.lr * eta_crit)  # type: ignore[operator]
-
-
-class RandomSpikes:
-    """As many raised rates as CatapultSGD had, each as long, at random times; in between as when it cools.
-
-    In a spike the rate is held at kappa * eta_crit of its first step (and at most that of the present one), and it
-    ends early above the policy's ceiling, as CatapultSGD's do. What is missing is its timing: that waits for the loss
-    to be back, and cools once the spike has paid.
-    """
-
-    def __init__(self, lengths: list[int], steps: int, settings: CatapultPolicy, seed: int) -> None:
-        self._policy = settings
-        self.raised = place(lengths, steps, random.Random(seed))
-        self._step, self._held, self._first = 0, math.inf, math.nan
-
-    def __call__(self, _: float, eta_crit: float, loss: float) -> float:
-        p = self._policy
-        if self._step == 0:
-            self._first = loss
-        spike = self.raised[self._step]
-        begins = spike is not None and (self._step == 0 or self.raised[self._step - 1] != spike)
-        self._step += 1
-        if begins:
-            self._held = p.kappa * eta_crit
-        if loss > p.ceiling * self._first:
-            self._held = 0.0
-        if spike is None or not self._held:
-            return p.cool * eta_crit
-        return min(self._held, p.kappa * eta_crit)
-
-
-def place(lengths: list[int], steps: int, rng: random.Random) -> list[int | None]:
-    """For every step the number of the spike it lies in, or None: the spikes in random order, with random gaps."""
-    order = rng.sample(range(len(lengths)), len(lengths))
-    free = steps - sum(lengths)
-    cuts = sorted(rng.randint(0, free) for _ in order)
-    gaps = [b - a for a, b in zip([0, *cuts], [*cuts, free], strict=True)]
-    out: list[int | None] = []
-    for gap, spike in zip(gaps, order, strict=False):
-        out += [None] * gap + [spike] * lengths[spike]
-    return out + [None] * gaps[-1]
-
-
-def _random_spikes(setup: Setup) -> Driver:
-    rule = RandomSpikes(setup.given, setup.steps, setup.catapult_policy(), setup.seed)
-    return Controlled(setup, _watched(setup), rule)
+    watched: dict[str, Any] = {"model": setup.model, "criterion": setup.criterion, "policy": chosen, **settings}
+    if (base or setup.base) == "adamw":
+        adamw = AdamW(setup.model.parameters())
+        return Catapult(setup, adamw, CatapultLR(adamw, **watched))
+    optimizer = CatapultSGD(setup.model.parameters(), momentum=momentum, **watched)
+    return Catapult(setup, optimizer, optimizer)
 
 
 @functools.cache
 def _controller() -> dict[str, Any]:
     """The default settings of CatapultSGD and the code that decides: a run under others is not one of ours any more."""
-    digest = hashlib.sha256(code_of(inspect.getsource(policy)).encode()).hexdigest()[:12]
-    return {"policy": dataclasses.asdict(CatapultPolicy()), "code": digest}
+    digest = hashlib.sha256()
+    for name in _DECIDING:
+        found = importlib.util.find_spec(f"catapult_opt.{name}")
+        if found is not None and found.origin is not None:
+            digest.update(code_of(Path(found.origin).read_text()).encode())
+    return {"policy": dataclasses.asdict(CatapultPolicy()), "code": digest.hexdigest()[:12]}
 
 
 def code_of(source: str) -> str:
@@ -339,19 +164,24 @@ CONTENDERS: dict[str, Contender] = {
             "momentum-cosine", "SGD .9, cosine", "sgd", _sgd,
             settings={"momentum": 0.9, "cosine": True}, after="momentum",
         ),
-        _baseline("adamw", "AdamW", "other", _adamw, start=_adam_start),
-        _baseline("adamw-cosine", "AdamW, cosine", "other", _adamw, settings={"cosine": True}, after="adamw"),
-        _baseline("prodigy", "Prodigy", "other", _prodigy, package="prodigyopt"),
+        _baseline("adamw", "AdamW", "adamw", _adamw, start=_adam_start),
+        _baseline("adamw-cosine", "AdamW, cosine", "adamw", _adamw, settings={"cosine": True}, after="adamw"),
+        _baseline("adamw-1e-3", "AdamW at .001", "untuned", _adamw_as_it_comes),
+        _baseline("sgd-1e-2", "SGD .9 at .01, cosine", "untuned", _sgd_as_people_type_it),
+        _baseline("cdat", "CDAT", "untuned", CDAT, settings={"sigma": 2.0}),
+        _baseline("d-adaptation", "D-Adaptation (Adam)", "untuned", _d_adaptation, package="dadaptation"),
+        _baseline("gen", "GeN (AdamW)", "untuned", GeN, settings={"every": 4}, package="GeN"),
+        _baseline("prodigy", "Prodigy", "untuned", _prodigy, package="prodigyopt"),
         _baseline(
-            "prodigy-cosine", "Prodigy, cosine", "other", _prodigy, settings={"cosine": True}, package="prodigyopt"
+            "prodigy-cosine", "Prodigy, cosine", "untuned", _prodigy, settings={"cosine": True}, package="prodigyopt"
         ),
-        _baseline("dog", "DoG, averaged", "other", _dog, package="dog"),
+        _baseline("dog", "DoG, averaged", "untuned", _dog, package="dog"),
         _baseline(
-            "schedule-free", "Schedule-Free AdamW", "other", _schedule_free,
+            "schedule-free", "Schedule-Free AdamW", "untuned", _schedule_free,
             settings={"kind": "AdamWScheduleFree"}, package="schedulefree",
         ),
         _baseline(
-            "schedule-free-sgd", "Schedule-Free SGD", "other", _schedule_free,
+            "schedule-free-sgd", "Schedule-Free SGD", "untuned", _schedule_free,
             settings={"kind": "SGDScheduleFree"}, package="schedulefree",
         ),
         _own("catapult", "CatapultSGD", "catapult", _catapult),
@@ -361,13 +191,13 @@ CONTENDERS: dict[str, Contender] = {
             "catapult-m-T", "CatapultSGD .9, total_steps", "catapult", _catapult,
             settings={"momentum": 0.9, "length": True},
         ),
-        _own("catapult-averaged", "CatapultSGD, averaged", "catapult", _catapult, settings={"averaged": True}),
+        _own("catapult-adamw", "CatapultLR on AdamW", "catapult", _catapult, settings={"base": "adamw"}),
         _own("catapult-5", "CatapultSGD, 5 % overhead", "catapult", _catapult, settings={"overhead": 0.05}),
-        _own("capped", f"controller capped at {BELOW:g} eta_crit", "control", _capped),
-        _own("mean-rate", "constant, CatapultSGD's mean rate", "control", _mean_rate, follows=lambda r: r["mean_rate"]),
+        _own("capped", f"controller capped at {BELOW:g} eta_crit", "control", capped),
+        _own("mean-rate", "constant, CatapultSGD's mean rate", "control", mean_rate, follows=lambda r: r["mean_rate"]),
         _own(
-            "random-spikes", "spikes at random times", "control", _random_spikes, follows=lambda r: r["raised"]
+            "random-spikes", "spikes at random times", "control", random_spikes, follows=lambda r: r["above"]
         ),
-        _own("tracking", "kappa eta_crit tracked, tuned", "control", _tracking, start=lambda *_: 1.0),
+        _own("tracking", "kappa eta_crit tracked, tuned", "control", tracking, start=lambda *_: 1.0),
     )
 }  # fmt: skip

@@ -33,7 +33,12 @@ HEADER = {"kind": "header", "format": "catapult_opt-run", "version": 1, "name": 
 
 def step(t: int, measured: bool, above: bool = False) -> dict[str, Any]:
     """A step record with numbers of full length."""
-    record: dict[str, Any] = {"kind": "step", "step": t, "loss": 1.2345678901234567 / t, "effective_lr": 0.1234567890123}
+    record: dict[str, Any] = {
+        "kind": "step",
+        "step": t,
+        "loss": 1.2345678901234567 / t,
+        "effective_lr": 0.1234567890123,
+    }
     if not measured:
         return {**record, "age": 3}
     record |= {"eta_crit": 0.2345678901234567, "lambda_max": 8.123456789012345, "residual": 0.012345678901234567}

@@ -1,121 +1,99 @@
-"""The generalization benchmark's records as a table of tasks, a table of one task's contenders, and a plot."""
+"""The generalization benchmark's outcomes as tables: of the tasks, of all tasks together, of one task; and a plot."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from contenders import CONTENDERS
+from outcomes import Found, Line, Outcome, lines, lines_against_each, tuned, untuned
 from paired import Comparison, compare
-from protocol import FOLLOWED, Plan, Record, Results, best_rate, is_interior, setting
+from protocol import FOLLOWED
 from rich import box
 from rich.table import Table
-from tasks import Task
 
 MARKS = {"win": "[green]+[/]", "tie": "=", "loss": "[red]-[/]"}
 
 
-@dataclass
-class Outcome:
-    """What a contender reached on a task, by seed; infinite where the run failed."""
-
-    name: str
-    best: dict[int, float] = field(default_factory=dict)  # metric at the best validation loss
-    last: dict[int, float] = field(default_factory=dict)  # and at the last step
-    seconds: dict[int, float] = field(default_factory=dict)  # CPU seconds of the whole training
-    runs: list[Record] = field(default_factory=list)
-    lr: float | None = None
-    interior: bool = True  # is lr inside the grid that was tried?
-
-    @property
-    def failures(self) -> int:
-        return sum(r["failed"] for r in self.runs)
-
-    def add(self, record: Record) -> None:
-        seed, failed = record["seed"], record["failed"]
-        self.runs.append(record)
-        self.best[seed] = math.inf if failed else record["best"]["value"]
-        self.last[seed] = math.inf if failed else record["last"]["value"]
-        self.seconds[seed] = record["seconds"]
-
-    def within(self, seconds: dict[int, float]) -> dict[int, float]:
-        """The metric at the best validation loss reached in that time, by seed; infinite if there was none."""
-        return {r["seed"]: _at(r, seconds[r["seed"]]) for r in self.runs if r["seed"] in seconds}
-
-
-def _at(record: Record, seconds: float) -> float:
-    reached = [e for e in record["evaluations"] if e["seconds"] <= seconds and math.isfinite(e["val"])]
-    if record["failed"] or not reached:
-        return math.inf
-    return float(min(reached, key=lambda e: e["val"])["value"])  # evaluated, as it was the best so far
-
-
-def outcomes(plan: Plan, task: Task, results: Results) -> dict[str, Outcome]:
-    """Every contender's runs on the report seeds, a tuned one's at its best rate."""
-    out = {}
-    for name, contender in CONTENDERS.items():
-        outcome = Outcome(name)
-        records = results.of(setting(task, contender, plan.policy))
-        if contender.tuned:
-            scored = plan.scores(task, name, results)
-            if not scored:
-                continue
-            best = best_rate(scored)
-            outcome.lr, outcome.interior = best if best is not None else min(scored), is_interior(scored)
-        for record in records:
-            if record["seed"] in plan.report_seeds and (not contender.tuned or record["lr"] == outcome.lr):
-                outcome.add(record)
-        if outcome.runs:
-            out[name] = outcome
-    return out
-
-
-def best_of(found: dict[str, Outcome], kinds: Sequence[str]) -> Outcome | None:
-    """The lowest median at the best validation loss on the report seeds: a choice in favour of the baselines."""
-    members = [o for o in found.values() if CONTENDERS[o.name].kind in kinds]
-    return min(members, key=lambda o: statistics.median(o.best.values()), default=None)
-
-
-def table(plan: Plan, results: Results) -> Table:
-    """A row a task: the best tuned SGD, the best of all baselines, and CatapultSGD against both."""
-    found = {task: outcomes(plan, task, results) for task in plan.tasks}
-    present = {name for members in found.values() for name in members}
-    ours = [c for c in CONTENDERS.values() if c.kind == "catapult" and (c.name in present or c.name == FOLLOWED)]
+def table(tasks: Sequence[Found]) -> Table:
+    """A row a task: the best tuned SGD, the best untuned peer, and CatapultSGD against both."""
     out = Table(
         title="Test metric at the best validation loss: median of the report seeds",
-        caption="Two marks: against the best tuned SGD, against the best of all baselines (chosen on these very "
-        "seeds). + better, - worse, = the 95 % interval of the paired difference holds zero. (n): runs that diverged. "
-        "One mark: against that tuned SGD. Time: CPU seconds over the tuned SGD's, measuring included.",
+        caption="Two marks: against the best tuned SGD (where ours drives AdamW, tuned AdamW), against the best "
+        "untuned peer, both chosen on these very seeds. + better, - worse, = the 95 % interval of the paired "
+        "difference holds zero. (n): runs that diverged. One mark: against that tuned SGD. Time: CPU seconds over the "
+        "tuned SGD's, measuring included.",
         caption_justify="left",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    for header in ("task", "metric", "best tuned SGD", "best baseline"):
+    for header in ("task", "metric", "best tuned SGD", "best untuned peer"):
         out.add_column(header)
-    label = CONTENDERS[FOLLOWED].label
-    for header in (*(c.label for c in ours), f"{label}, last step", f"{label} in SGD's time", "time"):
+    for header in ("CatapultSGD", "last step", "raw weights", "in SGD's time", "time"):
         out.add_column(header, justify="right")
-    for task in plan.tasks:
-        members = found[task]
-        sgd, baseline, main = best_of(members, ["sgd"]), best_of(members, ["sgd", "other"]), members.get(FOLLOWED)
-        cells = [_cell(members.get(c.name), sgd, baseline) for c in ours]
-        out.add_row(task.name, task.metric, _named(sgd), _named(baseline), *cells, _last(main, sgd), *_timed(main, sgd))
+    for found in tasks:
+        sgd, peer = tuned(found, "best"), untuned(found, "best")
+        main, raw = found.outcomes.get(FOLLOWED), found.outcomes.get(f"{FOLLOWED}-raw")
+        out.add_row(
+            found.name, found.metric, _named(sgd), _named(peer), _cell(main, sgd, peer),
+            _last(main, tuned(found, "last")), _cell(raw, sgd, peer), *_timed(main, sgd),
+        )  # fmt: skip
     return out
 
 
-def _number(value: float) -> str:
+def total(tasks: Sequence[Found]) -> Table:
+    """Geometric means over the tasks: each of our rows against the best tuned SGD and the best untuned peer."""
+    return _lines(
+        "Over all tasks: our median / that of the reference",
+        "Geometric mean with its 95 % bootstrap interval over the tasks (below 1: ours is better), and the worst task.",
+        ("ours", "against"),
+        [(ours, reference, best, last) for ours, reference, best, last in lines(tasks)],
+    )
+
+
+def against_each(tasks: Sequence[Found]) -> Table:
+    """The same against every single baseline."""
+    rows = [(label, "", best, last) for label, _, best, last in lines_against_each(tasks)]
+    return _lines("CatapultSGD's median / that of each baseline", "", ("against", ""), rows)
+
+
+def _lines(
+    title: str, caption: str, headers: tuple[str, str], rows: list[tuple[str, str, Line | None, Line | None]]
+) -> Table:
+    out = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
+    for header in (*headers, "tasks", "best validation", "worst task", "last step", "worst task"):
+        out.add_column(header)
+    for first, second, best, last in rows:
+        out.add_row(first, second, *cells_of(best, last))
+    return out
+
+
+def cells_of(best: Line | None, last: Line | None) -> tuple[str, ...]:
+    """Tasks, mean and worst at the best validation loss, mean and worst at the last step."""
+    tasks = "0" if best is None else str(best.tasks)
+    return (tasks, *(cell for found in (best, last) for cell in _described_line(found)))
+
+
+def _described_line(found: Line | None) -> tuple[str, str]:
+    if found is None:
+        return "", ""
+    mean, worst = found.mean, found.worst
+    shown = f"{mean.value:.2f}" + ("" if math.isnan(mean.low) else f" ({mean.low:.2f} to {mean.high:.2f})")
+    limits = "" if math.isnan(worst.low) else f" ({worst.low:.2f} to {worst.high:.2f})"
+    return shown, f"{worst.value:.2f}{limits} {found.task}"
+
+
+def number(value: float) -> str:
     return "diverged" if math.isinf(value) else f"{value:.3g}" if value < 10 else f"{value:.1f}"
 
 
 def _named(outcome: Outcome | None) -> str:
     if outcome is None:
         return "not run"
-    return f"{_number(statistics.median(outcome.best.values()))} {CONTENDERS[outcome.name].label}{_failures(outcome)}"
+    return f"{number(statistics.median(outcome.best.values()))} {outcome.label}{_failures(outcome)}"
 
 
 def _failures(outcome: Outcome) -> str:
@@ -126,7 +104,7 @@ def _cell(ours: Outcome | None, *others: Outcome | None) -> str:
     if ours is None:
         return "not run"
     marks = "".join(_mark(None if o is None else compare(ours.best, o.best)) for o in others)
-    return f"{_number(statistics.median(ours.best.values()))}{_failures(ours)} {marks}"
+    return f"{number(statistics.median(ours.best.values()))}{_failures(ours)} {marks}"
 
 
 def _mark(comparison: Comparison | None) -> str:
@@ -136,7 +114,7 @@ def _mark(comparison: Comparison | None) -> str:
 def _last(ours: Outcome | None, sgd: Outcome | None) -> str:
     if ours is None or sgd is None:
         return ""
-    return f"{_number(statistics.median(ours.last.values()))} {_mark(compare(ours.last, sgd.last))}"
+    return f"{number(statistics.median(ours.last.values()))} {_mark(compare(ours.last, sgd.last))}"
 
 
 def _timed(ours: Outcome | None, sgd: Outcome | None) -> tuple[str, str]:
@@ -148,31 +126,28 @@ def _timed(ours: Outcome | None, sgd: Outcome | None) -> tuple[str, str]:
     if not values:
         return "", ""
     middle = statistics.median(values.values())
-    shown = _number(middle) if math.isfinite(middle) else "none"
+    shown = number(middle) if math.isfinite(middle) else "none"
     return f"{shown} {_mark(compare(values, sgd.best))}", f"{statistics.median(factors):.1f}x"
 
 
-def details(plan: Plan, task: Task, results: Results) -> Table:
-    """A row a contender: both values, the difference to CatapultSGD with its interval, failures, time."""
-    found = outcomes(plan, task, results)
-    ours = found.get(FOLLOWED)
-    out = Table(title=f"{task.name}: {task.metric}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+def details(found: Found) -> Table:
+    """A row an optimizer: both values, the difference to CatapultSGD with its interval, failures, time."""
+    ours = found.outcomes.get(FOLLOWED)
+    out = Table(title=f"{found.name}: {found.metric}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     out.add_column("optimizer")
     for header in (
         "rate", "at best validation: median", "IQR", "AGOP", "last step", "diverged",
-        f"{CONTENDERS[FOLLOWED].label} minus this", "95 % interval", "", "catapults", "CPU s",
+        "CatapultSGD minus this", "95 % interval", "", "catapults", "CPU s",
     ):  # fmt: skip
         out.add_column(header, justify="right")
     kind = None
-    for name, contender in CONTENDERS.items():
-        if name not in found:
-            continue
-        if kind is not None and contender.kind != kind:
+    for outcome in found.outcomes.values():
+        if kind is not None and outcome.kind != kind:
             out.add_section()
-        kind, outcome = contender.kind, found[name]
+        kind = outcome.kind
         same = ours is None or ours is outcome
         out.add_row(
-            contender.label,
+            outcome.label,
             *_described(outcome),
             *_compared(None if same else compare(ours.best, outcome.best)),
             *_effort(outcome),
@@ -183,12 +158,12 @@ def details(plan: Plan, task: Task, results: Results) -> Table:
 def _described(outcome: Outcome) -> Iterator[str]:
     yield "" if outcome.lr is None else f"{outcome.lr:.3g}{'' if outcome.interior else ' (edge)'}"
     low, high = quartiles(list(outcome.best.values()))
-    yield _number(statistics.median(outcome.best.values()))
-    yield f"{_number(low)} to {_number(high)}"
+    yield number(statistics.median(outcome.best.values()))
+    yield f"{number(low)} to {number(high)}"
     aligned = [r["best"]["agop"] for r in outcome.runs if "agop" in r["best"] and math.isfinite(r["best"]["agop"])]
     yield f"{statistics.median(aligned):.2f}" if aligned else ""
-    yield _number(statistics.median(outcome.last.values()))
-    yield f"{outcome.failures} of {len(outcome.runs)}" if outcome.failures else ""
+    yield number(statistics.median(outcome.last.values()))
+    yield f"{outcome.failures} of {len(outcome.last)}" if outcome.failures else ""
 
 
 def _compared(comparison: Comparison | None) -> tuple[str, str, str]:
@@ -209,37 +184,39 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def plot(plan: Plan, results: Results, path: Path) -> None:
-    """Every contender's median over the best tuned SGD's, a row a task; bars: quartiles of CatapultSGD."""
+def plot(tasks: Sequence[Found], path: Path) -> None:
+    """Every optimizer's median over the best tuned SGD's, a row a task; bars: quartiles of CatapultSGD."""
     from matplotlib.figure import Figure
 
-    colors = {"sgd": "#9aa5b1", "other": "#edae49", "control": "#7b6d8d", "catapult": "#d1495b"}
-    names = {"sgd": "SGD, tuned", "other": "other baselines", "control": "controls", "catapult": "CatapultSGD"}
-    figure = Figure(figsize=(9, 1.5 + 0.42 * len(plan.tasks)), layout="constrained")
+    kinds = {
+        "sgd": ("#9aa5b1", "SGD, tuned"),
+        "adamw": ("#66a182", "AdamW, tuned"),
+        "untuned": ("#edae49", "untuned"),
+        "control": ("#7b6d8d", "controls"),
+        "catapult": ("#d1495b", "CatapultSGD"),
+    }
+    figure = Figure(figsize=(9, 1.5 + 0.42 * len(tasks)), layout="constrained")
     ax = figure.subplots()
     drawn = set()
-    for row, task in enumerate(plan.tasks):
-        found = outcomes(plan, task, results)
-        sgd = best_of(found, ["sgd"])
-        if sgd is None:
+    for row, found in enumerate(tasks):
+        reference = tuned(found, "best")
+        if reference is None:
             continue
-        unit = statistics.median(sgd.best.values())
-        for name, outcome in found.items():
-            kind = CONTENDERS[name].kind
+        unit = statistics.median(reference.best.values())
+        for outcome in found.outcomes.values():
+            color, label = kinds[outcome.kind]
             low, high = (v / unit for v in quartiles(list(outcome.best.values())))
             middle = statistics.median(outcome.best.values()) / unit
             if not math.isfinite(middle):
                 continue
-            main = name == FOLLOWED
+            main = outcome.name == FOLLOWED
             if main and math.isfinite(high):
-                ax.plot([low, high], [row, row], color=colors[kind], linewidth=3, alpha=0.4)
-            label = names[kind] if kind not in drawn else None
-            drawn.add(kind)
-            ax.plot(
-                middle, row, "o", color=colors[kind], markersize=9 if main else 5, label=label, zorder=3 if main else 2
-            )
+                ax.plot([low, high], [row, row], color=color, linewidth=3, alpha=0.4)
+            said, order = None if outcome.kind in drawn else label, 3 if main else 2
+            drawn.add(outcome.kind)
+            ax.plot(middle, row, "o", color=color, markersize=9 if main else 5, label=said, zorder=order)
     ax.axvline(1, color="#9aa5b1", linewidth=1)
-    ax.set(xscale="log", yticks=range(len(plan.tasks)), yticklabels=[t.name for t in plan.tasks])
+    ax.set(xscale="log", yticks=range(len(tasks)), yticklabels=[found.name for found in tasks])
     ax.set_xlabel("test metric at the best validation loss / that of the best tuned SGD (left is better)")
     ax.invert_yaxis()
     ax.legend(frameon=False, loc="best")

@@ -1,7 +1,9 @@
 """The tasks of the generalization benchmark: a line each.
 
 Tasks "-ntk" use the thesis' networks (no biases, NTK parameterisation), all others PyTorch's default layers. Rank tasks
-are the thesis' synthetic regressions; the rest are small pieces of public data sets, read from a folder of the user's.
+are the thesis' synthetic regressions, the sine task is one more, with a smooth network. The text is that of Python's
+help topics, which differ a little from one version of Python to the next. The rest are small pieces of public data
+sets, read from a folder of the user's.
 The seed draws everything: samples or split, label noise, initial weights, order of the batches. It never depends on the
 optimizer, so that runs of one seed are paired.
 """
@@ -10,11 +12,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
+import string
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from models import GPT, WideBlock
 from torch import Tensor, nn
 
 from catapult_opt.analysis import tasks as synthetic
@@ -23,6 +28,9 @@ from catapult_opt.analysis.networks import mlp
 from catapult_opt.analysis.tasks import Split
 
 _EVALUATION_CHUNK = 1000
+_CONTEXT = 32  # characters that the GPT sees
+_HEADS = 2
+_CHARACTERS = string.printable  # its vocabulary: any other character becomes a question mark
 
 
 @dataclass(frozen=True)
@@ -30,9 +38,9 @@ class Task:
     """What is trained on what; all numbers are at the benchmark's small size."""
 
     name: str
-    source: str  # "rank-2", "rank-3", "rank-4", or a data set of catapult_opt.analysis.datasets
-    net: str  # "ntk" (the thesis' MLP), "mlp" or "cnn" (PyTorch's defaults)
-    depth: int  # weight layers
+    source: str  # "rank-2", "rank-3", "rank-4", "sine", "topics", or a data set of catapult_opt.analysis.datasets
+    net: str  # "ntk" (the thesis' MLP), or of PyTorch's layers "mlp", "tanh", "cnn", "resnet" (BatchNorm) or "gpt"
+    depth: int  # weight layers; of a GPT blocks
     width: int  # of the hidden layers, channels of the first convolution
     train: int  # samples
     steps: int
@@ -40,13 +48,18 @@ class Task:
     loss: str = "mse"  # "mse" or "ce"
     classes: tuple[int, ...] | None = None  # the data set's labels; all without them
     noise: float = 0.0  # part of the labels that are wrong, in training and validation
-    d: int = 50  # inputs of a rank task
+    d: int = 50  # inputs of a synthetic task
     val: int = 500
     test: int = 1000
+    base: str = "sgd"  # the optimizer whose rate CatapultSGD's controller drives: "sgd" or "adamw"
+
+    @property
+    def synthetic(self) -> bool:
+        return self.source.startswith("rank-") or self.source == "sine"
 
     @property
     def classifies(self) -> bool:
-        return not self.source.startswith("rank-")
+        return not self.synthetic and self.source != "topics"
 
     @property
     def metric(self) -> str:
@@ -69,15 +82,19 @@ class Problem:
     train: Split
     val: Split
     test: Split
-    egop: Tensor | None = None  # (d, d), of a rank task
+    egop: Tensor | None = None  # (d, d), of a synthetic task
 
     def build(self) -> nn.Module:
         """The network, with weights from the global random state."""
         task = self.task
         shape = self.train.inputs.shape[1:]
-        outputs = 1 if not task.classifies else self._outputs()
+        if task.net == "gpt":
+            return GPT(len(_CHARACTERS), _CONTEXT, task.width, task.depth, _HEADS)
+        outputs = self._outputs() if task.classifies else 1
         if task.net == "ntk":
             return mlp(shape.numel(), task.width, task.depth, outputs, parameterization="ntk")
+        if task.net == "resnet":
+            return _resnet(shape, task.width, outputs)
         return _cnn(shape, task.width, task.depth, outputs) if task.net == "cnn" else _mlp(shape, task, outputs)
 
     def _outputs(self) -> int:
@@ -95,9 +112,18 @@ class Problem:
             order = torch.randperm(n, generator=generator)
             yield from torch.split(order[: n - n % size], size)
 
+    def pairs(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets of the batches."""
+        return ((self.train.inputs[rows], self.train.targets[rows]) for rows in self.batches(seed))
+
     @torch.no_grad()
     def outputs(self, model: nn.Module, split: Split) -> Tensor:
-        return torch.cat([model(x) for x in torch.split(split.inputs, _EVALUATION_CHUNK)])
+        """In evaluation mode, out of which the model comes as it went in."""
+        training = model.training
+        model.eval()
+        out = torch.cat([model(x) for x in torch.split(split.inputs, _EVALUATION_CHUNK)])
+        model.train(training)
+        return out
 
     def loss(self, model: nn.Module, split: Split) -> float:
         return float(criterion(self.task)(self.outputs(model, split), split.targets))
@@ -126,7 +152,13 @@ def draw(task: Task, folder: Path | None, seed: int) -> Problem:
     Raises:
         DataError: a data set is missing; says how to get it.
     """
-    if not task.classifies:
+    if task.source == "topics":
+        train, val, test = _text(task, seed)
+        return Problem(task, train, val, test)
+    if task.source == "sine":
+        (train, val, test), egop = sine((task.train, task.val, task.test), task.d, seed)
+        return Problem(task, train, val, test, egop)
+    if task.synthetic:
         made = synthetic.rank(int(task.source[-1]), task.train, task.val, task.test, d=task.d, seed=seed)
         return Problem(task, made.train, made.val, made.test, made.egop)
     data = _load(folder, task.source, task.classes)
@@ -163,9 +195,44 @@ def _numbers(targets: Tensor) -> Tensor:
     return (targets[:, 0] > 0).long() if targets.shape[1] == 1 else targets.argmax(1)
 
 
+def sine(sizes: tuple[int, ...], d: int, seed: int) -> tuple[list[Split], Tensor]:
+    """Splits with x ~ N(0, I_d) and y = sin(2 x1) + x2 x3, scaled to variance 1, without noise; and the EGOP (d, d)."""
+    generator = torch.Generator().manual_seed(seed)
+    variance = (1 - math.exp(-8)) / 2 + 1  # E sin(2 x)^2 + E (x2 x3)^2
+    splits = []
+    for n in sizes:
+        x = torch.randn(n, d, generator=generator)
+        y = torch.sin(2 * x[:, :1]) + x[:, 1:2] * x[:, 2:3]
+        splits.append(Split(x, y / math.sqrt(variance)))
+    slopes = torch.zeros(d)
+    slopes[:3] = torch.tensor([2 * (1 + math.exp(-8)), 1.0, 1.0])  # E (2 cos 2 x1)^2, E x3^2, E x2^2
+    return splits, torch.diag(slopes / variance)
+
+
+@functools.cache
+def _topics() -> Tensor:
+    """Numbers of the characters of Python's help topics, in the order of their names."""
+    from pydoc_data.topics import topics
+
+    other = _CHARACTERS.index("?")
+    places = {character: i for i, character in enumerate(_CHARACTERS)}
+    text = "\n".join(topics[name] for name in sorted(topics))
+    return torch.tensor([places.get(character, other) for character in text])
+
+
+def _text(task: Task, seed: int) -> list[Split]:
+    """Windows of the text that do not overlap, dealt out at random; the targets are the next characters."""
+    text = _topics()
+    windows = text[: len(text) // (_CONTEXT + 1) * (_CONTEXT + 1)].view(-1, _CONTEXT + 1)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    parts = torch.split(windows[order[: task.train + task.val + task.test]], [task.train, task.val, task.test])
+    return [Split(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in parts]
+
+
 def _mlp(shape: torch.Size, task: Task, outputs: int) -> nn.Module:
     sizes = [shape.numel()] + [task.width] * (task.depth - 1)
-    hidden = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
+    between = nn.Tanh if task.net == "tanh" else nn.ReLU
+    hidden = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), between())]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], outputs))
 
 
@@ -179,6 +246,13 @@ def _cnn(shape: torch.Size, width: int, depth: int, outputs: int) -> nn.Module:
     ]
     size = shape[1] // 2 ** (depth - 1)
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * size**2, outputs))
+
+
+def _resnet(shape: torch.Size, width: int, outputs: int) -> nn.Module:
+    """ResNet-8 with BatchNorm before the activations: three stages of one block, twice the channels each."""
+    blocks = [WideBlock(width, width, 1), WideBlock(width, 2 * width, 2), WideBlock(2 * width, 4 * width, 2)]
+    head = [nn.BatchNorm2d(4 * width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, outputs)]
+    return nn.Sequential(nn.Conv2d(shape[0], width, 3, 1, 1, bias=False), *blocks, *head)
 
 
 DEFAULT: tuple[Task, ...] = (
@@ -196,6 +270,10 @@ DEFAULT: tuple[Task, ...] = (
     Task("fsdd", "fsdd", "mlp", depth=3, width=64, train=500, steps=600, batch=20, loss="ce"),
     Task("rank3", "rank-3", "mlp", depth=4, width=64, train=1000, steps=400),
     Task("rank2-ntk", "rank-2", "ntk", depth=2, width=256, train=1000, steps=400),
+    Task("sine-tanh", "sine", "tanh", depth=3, width=64, train=1000, steps=600, d=20),
+    Task("resnet", "cifar10", "resnet", depth=8, width=6, train=1000, steps=250, batch=32, loss="ce", classes=(0, 2)),
+    Task("gpt", "topics", "gpt", depth=2, width=32, train=2000, steps=400, batch=16, loss="ce", val=200, test=300,
+         base="adamw"),
 )  # fmt: skip
 
 _MORE: tuple[Task, ...] = (
@@ -208,6 +286,9 @@ _MORE: tuple[Task, ...] = (
     Task("usps", "usps", "mlp", depth=3, width=64, train=500, steps=800, loss="ce"),
     Task("plane-bird-mlp", "cifar10", "mlp", depth=3, width=64, train=500, steps=800, loss="ce", classes=(0, 2)),
     Task("horse-truck-cnn", "cifar10", "cnn", depth=3, width=6, train=300, steps=600, classes=(7, 9)),
+    Task("resnet-horse-truck", "cifar10", "resnet", depth=8, width=6, train=1000, steps=250, batch=32, loss="ce",
+         classes=(7, 9)),
+    Task("gpt-sgd", "topics", "gpt", depth=2, width=32, train=2000, steps=400, batch=16, loss="ce", val=200, test=300),
     Task("fashion-100", "fashion_mnist", "mlp", depth=3, width=64, train=100, steps=600, loss="ce"),
     Task("fashion-2000", "fashion_mnist", "mlp", depth=3, width=64, train=2000, steps=2000, batch=50, loss="ce"),
 )  # fmt: skip

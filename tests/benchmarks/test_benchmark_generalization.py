@@ -14,21 +14,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import bootstrap
 from torch import nn
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-from contenders import BELOW, CONTENDERS, Driver, RandomSpikes, Setup, code_of, place  # noqa: E402
+from contenders import CONTENDERS, code_of  # noqa: E402
+from controls import BELOW, RandomSpikes, place  # noqa: E402
+from drivers import Driver, Setup  # noqa: E402
 from generalization import QUICK_TASK, main, policy_change, seeds  # noqa: E402
-from paired import compare, difference, interval  # noqa: E402
-from protocol import Plan, Record, Results, Run, best_rate, is_interior, next_rates, scores, train  # noqa: E402
-from summary import outcomes, table  # noqa: E402
+from outcomes import find  # noqa: E402
+from paired import compare, difference  # noqa: E402
+from protocol import Plan, Rates, Record, Results, Run, best_rate, is_interior, next_rates, scores, train  # noqa: E402
+from summary import table  # noqa: E402
 from tasks import TASKS, Task, criterion, draw  # noqa: E402
 
 from catapult_opt import CatapultPolicy, CatapultSGD, critical_lr  # noqa: E402
@@ -37,23 +40,6 @@ sys.path.remove(str(BENCHMARKS))
 
 TASK = dataclasses.replace(QUICK_TASK, name="tiny", steps=12)
 INSTALLED = [name for name, c in CONTENDERS.items() if c.missing() is None]
-
-
-@pytest.mark.parametrize("n", [5, 10])
-def test_interval_is_that_of_scipy(n: int) -> None:
-    differences = np.random.default_rng(n).standard_normal(n) + 0.3
-    expected = bootstrap(
-        (differences,), np.median, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
-    ).confidence_interval
-    # The median of resamples takes few values: quantiles agree up to a step between two of them.
-    step = np.diff(np.sort(differences)).max() / 2
-    assert interval(differences) == pytest.approx((expected.low, expected.high), abs=step)
-
-
-def test_interval_covers_the_median_about_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    hits = [low <= 0 <= high for low, high in (interval(rng.standard_normal(10)) for _ in range(200))]
-    assert 0.90 <= np.mean(hits) <= 0.99
 
 
 def test_failures_count_as_the_worst() -> None:
@@ -170,7 +156,7 @@ def applied_rates(
         loss = loss_of(model(x), y)
         loss.backward()
         before = [p.detach().clone() for p in model.parameters()]
-        driver.step(loss.item())
+        driver.step(loss.item(), x, y)
         moved = {
             (b - p.detach()).norm().item() / p.grad.norm().item()
             for b, p in zip(before, model.parameters(), strict=True)
@@ -210,7 +196,7 @@ def test_capped_control_without_its_cap_is_catapult_sgd(monkeypatch: pytest.Monk
 
     # Measurements to 5 % from other start vectors: later on the two part.
     task = dataclasses.replace(TASK, steps=20, width=24)
-    monkeypatch.setattr("contenders.BELOW", math.inf)
+    monkeypatch.setattr("controls.BELOW", math.inf)
     uncapped, ours = (applied_rates("capped", task, build=build) for build in (None, every_step))
     assert [r for r, *_ in uncapped] == pytest.approx([r for r, *_ in ours], rel=1e-3)
 
@@ -244,15 +230,29 @@ def test_random_spikes_are_as_many_and_as_long() -> None:
 
 
 def test_random_spikes_raise_the_rate_then_and_only_then() -> None:
-    settings = CatapultPolicy()
-    rule = RandomSpikes([2, 1], 12, settings, seed=4)
+    above = {"lengths": [2, 1], "up": 1.5, "down": 0.8}
+    rule = RandomSpikes(above, 12, seed=4)
     up = [rule(0.0, 1.0, 1.0) for _ in range(12)]
     assert [rate > 1 for rate in up] == [spike is not None for spike in rule.raised]
-    assert set(up) == {settings.kappa, settings.cool}
-    quenched = RandomSpikes([4], 4, settings, seed=4)
-    assert [quenched(0.0, 1.0, loss) for loss in (1.0, 2.0, 1.1 * settings.ceiling, 2.0)] == [
-        settings.kappa, settings.kappa, settings.cool, settings.cool,
-    ]  # fmt: skip
+    assert set(up) == {1.5, 0.8}
+    quenched = RandomSpikes({**above, "lengths": [4]}, 4, seed=4)
+    assert [quenched(0.0, 1.0, loss) for loss in (1.0, 2.0, 31.0, 2.0)] == [1.5, 1.5, 0.8, 0.8]
+    held = RandomSpikes({**above, "lengths": [3]}, 3, seed=4)
+    assert [held(0.0, eta_crit, 1.0) for eta_crit in (1.0, 2.0, 0.5)] == [1.5, 1.5, 0.75]
+
+
+def test_stays_above_the_critical_rate_are_counted_from_what_was_measured() -> None:
+    class Observer:
+        last = SimpleNamespace(eta_crit=2.0)
+
+    rates = Rates()
+    for rate in (1.0, 3.0, 5.0, 2.0, 4.0, 1.5):
+        rates.add(SimpleNamespace(rate=rate, observer=Observer))
+    assert rates.mean == 16.5 / 6
+    assert rates.above == {"lengths": [2, 1], "up": 2.0, "down": 0.75}
+    unmeasured = Rates()
+    unmeasured.add(SimpleNamespace(rate=1.0, observer=None))
+    assert unmeasured.above is None
 
 
 def test_controls_take_over_from_the_run_of_the_same_seed() -> None:
@@ -260,7 +260,7 @@ def test_controls_take_over_from_the_run_of_the_same_seed() -> None:
     results = MemoryResults()
     assert {run.contender for run in plan.missing(TASK, results)} == {"catapult"}
     for run in plan.missing(TASK, results):
-        results.add(fake(run, mean_rate=float(run.seed), raised=[run.seed]))
+        results.add(fake(run, mean_rate=float(run.seed), above=[run.seed]))
     controls = plan.missing(TASK, results)
     assert {(run.contender, run.seed, str(run.given)) for run in controls} == {
         ("random-spikes", 3, "[3]"), ("random-spikes", 4, "[4]"), ("mean-rate", 3, "3.0"), ("mean-rate", 4, "4.0"),
@@ -280,7 +280,14 @@ class MemoryResults(Results):
 def fake(run: Run, value: float = 1.0, **extra: Any) -> Record:
     entry = {"step": 1, "seconds": 1.0, "val": value, "value": value}
     base = {"key": run.key, "setting": run.setting, "contender": run.contender, "seed": run.seed, "lr": run.lr}
-    kept = {"failed": math.isinf(value), "best": entry, "last": entry, "evaluations": [entry], "seconds": 2.0}
+    kept = {
+        "views": {},
+        "failed": math.isinf(value),
+        "best": entry,
+        "last": entry,
+        "evaluations": [entry],
+        "seconds": 2.0,
+    }
     return {**base, **kept, "catapults": None, **extra}
 
 
@@ -298,18 +305,18 @@ def test_plan_tunes_then_reports_and_asks_for_nothing_twice() -> None:
     reported = {(run.contender, run.lr) for run in asked if run.seed in plan.report_seeds}
     assert reported == {("sgd", 2.0**-6), ("sgd-cosine", 2.0**-5)}
     assert {run.seed for run in asked} == {*plan.tuning_seeds, *plan.report_seeds}
-    assert outcomes(plan, TASK, results)["sgd-cosine"].lr == 2.0**-5
+    assert find(plan, TASK, results).outcomes["sgd-cosine"].lr == 2.0**-5
 
 
 def test_other_policy_or_defaults_or_task_is_another_run() -> None:
     plain = Run(TASK, "catapult", 3)
     assert Run(TASK, "catapult", 3).key == plain.key
-    assert Run(TASK, "catapult", 3, policy={"kappa": 3.0}).key != plain.key
+    assert Run(TASK, "catapult", 3, policy={"total_steps": 77}).key != plain.key
     assert Run(dataclasses.replace(TASK, steps=13), "catapult", 3).key != plain.key
     assert Run(TASK, "catapult-T", 3).key != plain.key
     assert CONTENDERS["catapult"].settings["policy"] == dataclasses.asdict(CatapultPolicy())
     sgd = Run(TASK, "sgd", 3, 0.1)
-    assert Run(TASK, "sgd", 3, 0.1, policy={"kappa": 3.0}).key == sgd.key  # does not concern it
+    assert Run(TASK, "sgd", 3, 0.1, policy={"total_steps": 77}).key == sgd.key  # does not concern it
 
 
 def test_code_is_the_same_whatever_is_said_about_it() -> None:
@@ -320,18 +327,28 @@ def test_code_is_the_same_whatever_is_said_about_it() -> None:
 
 
 def test_missing_data_is_known_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--tasks", "rank2", "usps-noise", "--data", str(tmp_path), "--out", str(tmp_path)]) == 1
-    assert not (tmp_path / "runs.jsonl").exists()
+    path = tmp_path / "runs.jsonl"
+    assert main(["--tasks", "rank2", "usps-noise", "--data", str(tmp_path), "--results", str(path)]) == 1
+    assert not path.exists()
     message = capsys.readouterr().err
     assert "USPS" in message and "--tasks rank2" in message
 
 
-def test_policy_change_reaches_the_optimizer() -> None:
+def test_policy_change_reaches_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    class Told(CatapultSGD):
+        def __init__(self, *args: Any, policy: CatapultPolicy, **settings: Any) -> None:
+            given.append(policy)
+            super().__init__(*args, policy=policy, **settings)
+
+    monkeypatch.setattr("contenders.CatapultSGD", Told)
     problem = draw(TASK, None, 0)
-    setup = Setup(problem.build(), criterion(TASK), TASK.steps, policy=dict([policy_change("kappa=3")]))
-    optimizer = CONTENDERS["catapult-T"].build(setup).optimizer
-    assert isinstance(optimizer, CatapultSGD)
-    assert optimizer._controller is not None and optimizer._controller.policy == CatapultPolicy(kappa=3, total_steps=12)
+    setup = Setup(problem.build(), criterion(TASK), TASK.steps, policy=dict([policy_change("total_steps=77")]))
+    for name in ("catapult", "catapult-T"):
+        CONTENDERS[name].build(setup)
+    CONTENDERS["catapult-T"].build(dataclasses.replace(setup, policy={}))
+    assert given == [CatapultPolicy(total_steps=steps) for steps in (77, 77, 12)]
     with pytest.raises(TypeError, match="kapa"):
         policy_change("kapa=3")
 
@@ -343,7 +360,7 @@ def test_seeds(text: str, expected: tuple[int, ...]) -> None:
 
 def test_goes_on_after_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
-    arguments = [sys.executable, str(BENCHMARKS / "generalization.py"), "--quick", "--out", str(tmp_path)]
+    arguments = [sys.executable, str(BENCHMARKS / "generalization.py"), "--quick", "--results", str(path)]
     process = subprocess.Popen([*arguments, "--optimizers", "sgd"], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while (not path.exists() or path.read_text().count("\n") < 2) and time.monotonic() < deadline:
@@ -356,14 +373,14 @@ def test_goes_on_after_a_kill(tmp_path: Path) -> None:
         file.write('{"key": "torn')  # a line cut off in the middle
     done = {json.loads(line)["key"]: line for line in before if line.endswith("}")}
 
-    assert main(["--quick", "--out", str(tmp_path), "--optimizers", "sgd"]) == 0
+    assert main(["--quick", "--results", str(path), "--optimizers", "sgd"]) == 0
     after = path.read_text()
     keys = [json.loads(line)["key"] for line in after.splitlines() if line.endswith("}")]
     assert all(line in after for line in done.values())
     assert len(keys) == len(set(keys)) > len(done)  # nothing done twice
     results = Results(path)
     assert set(results.records) == set(keys)
-    plan = Plan((QUICK_TASK,), ("sgd",), (0,), (3, 4))
+    plan = Plan((QUICK_TASK,), ("sgd",), (40,), (60, 61))
     assert plan.missing(QUICK_TASK, results) == []
 
 
@@ -371,17 +388,18 @@ def test_table_shows_wins_losses_and_failures(capsys: pytest.CaptureFixture[str]
     from rich.console import Console
 
     tasks = [dataclasses.replace(TASK, name=name) for name in ("won", "lost", "failed")]
-    plan, results = Plan(tuple(tasks), ("sgd", "catapult"), (0,), tuple(range(3, 13))), MemoryResults()
+    plan, results = Plan(tuple(tasks), ("sgd", "dog", "catapult"), (0,), tuple(range(3, 13))), MemoryResults()
     ours = {"won": 0.5, "lost": 2.0, "failed": math.inf}
     for task in tasks:
         results.add(fake(Run(task, "sgd", 0, 0.5), 1.0))
         for seed in plan.report_seeds:
             results.add(fake(Run(task, "sgd", seed, 0.5), 1.0 + seed / 1000))
+            results.add(fake(Run(task, "dog", seed), 0.4 + seed / 1000))
             results.add(fake(Run(task, "catapult", seed), ours[task.name] + seed / 1000))
     console = Console(width=180)
-    console.print(table(plan, results))
+    console.print(table([find(plan, task, results) for task in plan.tasks]))
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
-    assert "0.508 ++" in rows["won"]
+    assert "0.508 +-" in rows["won"]
     assert "2.01 --" in rows["lost"]
     assert "diverged (10) --" in rows["failed"]
 
@@ -394,7 +412,7 @@ def test_equal_time_takes_the_best_validation_loss_reached_by_then() -> None:
     ]
     plan, results = Plan((TASK,), ("catapult",), report_seeds=(3,)), MemoryResults()
     results.add(fake(Run(TASK, "catapult", 3), evaluations=evaluations))
-    outcome = outcomes(plan, TASK, results)["catapult"]
+    outcome = find(plan, TASK, results).outcomes["catapult"]
     assert outcome.within({3: 3.5}) == {3: 50.0}
     assert outcome.within({3: 1.0}) == {3: 90.0}
     assert outcome.within({3: 0.5}) == {3: math.inf}
@@ -403,9 +421,9 @@ def test_equal_time_takes_the_best_validation_loss_reached_by_then() -> None:
 
 def test_tasks_are_what_they_say() -> None:
     for task in TASKS.values():
-        assert task.loss in ("mse", "ce") and task.net in ("ntk", "mlp", "cnn")
+        assert task.loss in ("mse", "ce") and task.net in ("ntk", "mlp", "cnn", "tanh", "resnet", "gpt")
         assert task.batch is None or task.batch <= task.train
-        if not task.classifies:
+        if task.synthetic:
             model = draw(dataclasses.replace(task, train=10, val=10, test=10), None, 0).build()
             biases = [p for p in model.parameters() if p.ndim == 1]
             assert bool(biases) == (task.net != "ntk")
