@@ -1,4 +1,4 @@
-"""What `catapult-opt report` and `plot` cost on large logs: seconds and peak memory of each command as a process of its own.
+"""What `catapult-opt report` and `plot` cost on large logs: seconds and peak memory of each command, run on its own.
 
 The logs are written first, as `CatapultMonitor` writes them: a million steps measured every 50th time, a million measured
 every time, 500 runs of a thousand steps, runs with every other step above the critical rate, a metric after every step,
