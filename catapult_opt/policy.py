@@ -1,162 +1,156 @@
-"""When to go above the edge: the catapult policy, in plain numbers (no torch).
+"""When to go above the edge: the rule of the controller, in plain numbers (no torch).
 
-`CatapultPolicy` holds the settings; `Catapulter` is the state machine: one `update` a step with the step's loss and,
-where it was measured, its critical rate; one `Decision` back, which also says when the next measurement is wanted. The
-same losses and rates always give the same decisions.
+The edge is the critical rate eta_crit = 2 / lambda_max. Of a squared error, the rate creeps across it from below, waits
+while the loss rises (a catapult, which lowers the curvature and so raises the edge), and goes below the edge until the
+loss is back where it was. Any other loss is trained just below the edge. The weights of calm steps enter an average,
+which never lies in a spike: it is what should be evaluated, and what a blow-up is undone to.
+
+| phase | the rate | the average | left when |
+| --- | --- | --- | --- |
+| calm | below `near` edges: rises by `climb` a step; above: by `creep` | takes every weight in | the loss rises: spike |
+| spike | stays | frozen | back down: calm. `hold` steps over, or too high: back |
+| back | below the edge: `below` edges at most | frozen | the loss is back: calm. Out of patience: calm |
+
+Losses are compared with one another only, by their differences: any constant added to the loss, or any positive factor,
+changes no decision. "Spread" is the standard deviation of recent calm losses, "level" is a slow mean
+of them (the lowest of many noisy losses is low by luck). A loss that is not finite, or far above any spike, is undone in any phase.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from .catapults import Event, above
+from .catapults import Event
 from .checks import check_whole_number
 
-# Stands for "no curvature at all", where 2 / lambda is infinite.
-_LARGEST_RATE = 1e30
-_LEAST_LOG = -600.0  # of a rate: its exponential is still a number
-# An attempt is never below this part of the critical rate, however many have failed: it has to find back.
-_LEAST = 1e-6
-# A spike above this many times the first loss is watched step by step; below the edge, before the first, it is undone.
-_HIGH = 10.0
-# What the height of the next spike is raised and lowered by at most, and how many first losses it may be.
-_RAISED, _LOWERED, _HIGHEST = 4.0, 1.5, 1000.0
-# A loss this many times what it settled at is a new training.
-_AGAIN = 10.0
-# A critical rate this many times above that of the attempt: no catapult lowers the curvature so far, dead units do.
-_COLLAPSED = 1e4
-# Standard deviation of the log curvature that is ordinary for mini-batches: caution begins above it.
-_ORDINARY = 0.5
+# A critical rate is taken to lie within these bounds: 2 / lambda is infinite where there is no curvature at all.
+_LOWEST_EDGE, _HIGHEST_EDGE = 1e-30, 1e30
+# One measurement moves the edge by this factor at most: a wrong one is corrected by the next ones.
+_TRUST = 10.0
+# On mini-batches the edge is a mean over about this many measurements, of its logarithm.
+_MEMORY = 4
+# Level and spread run over this many steps or, on mini-batches, windows. Differences below this part of a loss are rounding.
+_LEVEL_STEPS, _LEVEL_WINDOWS, _ROUNDING = 20, 5, 1e-6
+# On mini-batches the rate creeps so much slower, and a catapult is ended by this factor on it: noise raises losses, too.
+_SLOWER, _CUT = 5.0, 0.5
+# After a catapult the rate is this part of the one that began it, or of so many edges if that is less.
+_RESUME, _MOST_EDGES = 0.9, 2.0
+# A spike that raised the edge by less than this factor was too low: the next may be so much higher, up to this height.
+_GAIN, _HIGHER, _HIGHEST = 1.2, 4.0, 1000.0
+# Steps (or windows) after which a catapult that does not come back is given up.
+_PATIENCE, _PATIENT_WINDOWS = 100, 10
+# A loss this many times as far above the level as a spike may go is undone.
+_FATAL = 1000.0
+# Losses further off their level than so many spreads count as so far off.
+_OUTLIER = 3.0
+# Without catapults the rate comes down once it is above this part of the edge.
+_TOO_NEAR = 1.1
+# So few steps after one blow-up the rate is blamed for the next.
+_SOON = 3
+# A blow-up halves the rate, but not below this part of the edge, which cannot be to blame.
+_BLAME, _BLAMELESS = 0.5, 0.05
+# What a measurement costs, in training steps; how many may be made ahead; their share of the time where the batch repeats.
+_MEASUREMENT, _AHEAD, _SHARE_REPEATED = 5.0, 5.0, 0.15
+# The user is told of a rate that has been below this part of the edge for so many steps.
+_HELD, _HELD_STEPS = 0.1, 500
 
 
 @dataclass(frozen=True)
 class CatapultPolicy:
-    """Settings of the catapult controller; the defaults need no tuning.
+    """Settings of the controller; the defaults need no tuning. Rates are in units of the edge, eta_crit.
 
-    Rates are in units of the critical rate eta_crit. The scale of the losses is the first one of the training: what a
-    spike does to the kernel goes by its height, whatever the training had come down to before it.
+    Raises:
+        ValueError: a setting is out of its range.
+        TypeError: a setting of an earlier version is given: the message names the one that replaces it.
 
     Example:
-        >>> CatapultPolicy(total_steps=500).kappa
-        2.0
+        >>> CatapultPolicy(total_steps=500).near
+        0.5
     """
 
-    ripe: float = 0.3  # catapults begin once the loss is down at this part of the first one,
-    fit_steps: int = 50  # or, where the batch repeats, after this long
-    kappa: float = 2.0  # rate of an attempt: kappa * eta_crit
-    growth: float = 2.0  # an attempt raises the rate of the last attempt at most by this factor
-    spike: float = 1.2  # a loss above this times the lowest one of the attempt is a catapult under way
-    drop: float = 2.0  # it has paid, and is cooled, once eta_crit is this factor above that of the attempt,
-    ceiling: float = 4.0  # or gone far enough once the loss is (or will be) above this times the first one;
-    gain: float = 1.2  # the next may go as high as should raise eta_crit by this factor, judged by the last one
-    fatal: float = 1e6  # a loss above this times the first one (or not finite) is undone: restore the snapshot
-    cool: float = 0.8  # rate while cooling, settling and, where the batch repeats, before the first: cool * eta_crit
-    hot_steps: int = 10  # a catapult is held at the high rate at most this long
-    arm_steps: int = 25  # an attempt without a spike is renewed after this long
-    patience: int = 100  # a catapult not over after this long is given up: undone above `ripe`, else from there
-    measure_cooling: int = 16  # steps between measurements, doubling from 1, at most: in a catapult being cooled
-    measure_settled: int = 50  # after the last one,
-    measure_following: int = 200  # and where there are none
-    measure_share: float = 0.045  # of the steps' time, for mini-batches: measurements beyond it wait
-    finish: float = 0.003  # no catapults once the loss is below this times the first one
-    settle: float = 0.7  # with total_steps known: none after this fraction of them, and the rate falls to zero
-    total_steps: int | None = None  # length of the training, if known
-    catapults: bool | None = None  # None: where the loss is a squared error; without them, the edge is followed:
-    follow: float = 0.4  # rate while following: follow * the lowest eta_crit so far (before the first: the present),
-    begin: float = 0.01  # risen to from zero, by this part of follow * the first eta_crit a step,
-    blow_up: float = 2.0  # and a loss above this times the first one is undone
-    caution: float = 1.0  # times the spread of the log curvature beyond 0.5: act on a curvature so far above the mean
-    smoothing: int | None = None  # steps to average the loss over; None: 1 for a repeated batch, else 20
+    total_steps: int | None = None  # The length of the training, if it is known.
+    measure_share: float = 0.05  # Measuring may take this share of the steps' time on mini-batches.
+    catapults: bool | None = None  # The rate may cross the edge; None leaves it to squared errors.
+    start: float = 0.1  # The first rate is this part of the edge.
+    climb: float = 0.05  # Below `near` edges the rate rises by this part of itself a step.
+    near: float = 0.5  # From this part of the edge on, it creeps.
+    creep: float = 0.02  # Creeping, it rises by this part of itself a step (a fifth of it on mini-batches).
+    reach: float = 0.7  # Without catapults the rate stays at this part of the edge.
+    spike: float = 0.5  # A loss so many spreads above its level is a catapult.
+    hold: int = 10  # A catapult is held for so many steps at most (a window at least).
+    ceiling: float = 20.0  # A first spike may be so many times as high as the loss has fallen since the start.
+    below: float = 0.8  # After it the rate is at most this part of the edge, until the loss is back.
+    horizon: int = 50  # The average runs over about so many calm steps.
+    settle: float = 0.3  # With `total_steps`, the rate falls to nothing over this last part of them.
 
     def __post_init__(self) -> None:
-        for name in ("kappa", "growth", "spike", "drop", "ceiling", "gain", "fatal", "blow_up"):
-            _check(name, getattr(self, name), above=1.0)
-        for name in ("ripe", "cool", "follow", "finish", "settle", "begin", "measure_share"):
-            _check(name, getattr(self, name), above=0.0, at_most=1.0)
-        if not (isinstance(self.caution, (int, float)) and 0 <= self.caution < math.inf):
-            raise ValueError(f"caution must be a finite number >= 0, got {self.caution!r}")
+        for name in ("measure_share", "start", "near", "reach", "below", "settle"):
+            _check(name, getattr(self, name), at_most=1.0)
+        for name in ("climb", "creep", "spike", "ceiling"):
+            _check(name, getattr(self, name))
+        for name in ("hold", "horizon", *(() if self.total_steps is None else ("total_steps",))):
+            check_whole_number(name, getattr(self, name))
         if self.catapults not in (None, True, False):
             raise ValueError(
                 f"catapults must be True, False or None (where the loss is a squared error), got {self.catapults!r}"
             )
-        for name in (*_WHOLE, "total_steps", "smoothing"):
-            value = getattr(self, name)
-            if value is None and name in ("total_steps", "smoothing"):
-                continue
-            check_whole_number(name, value)
 
 
-_WHOLE = ("fit_steps", "hot_steps", "arm_steps", "patience", "measure_cooling", "measure_settled", "measure_following")
-
-
-def _check(name: str, value: float, *, above: float, at_most: float = math.inf) -> None:
-    if not isinstance(value, (int, float)) or not above < value <= at_most or not math.isfinite(value):
+def _check(name: str, value: object, at_most: float = math.inf) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value <= at_most or not math.isfinite(value):  # type: ignore[operator]
         limit = "" if math.isinf(at_most) else f" and at most {at_most:g}"
-        raise ValueError(f"{name} must be a finite number above {above:g}{limit}, got {value!r}")
+        raise ValueError(f"{name} must be a finite number above 0{limit}, got {value!r}")
 
 
 @dataclass(frozen=True)
 class Decision:
     """What to do in this step."""
 
-    rate: float  # of the update
-    phase: str  # "fit", "arm", "hot", "cool", "settle" or "follow"
-    take_snapshot: bool = False  # of the weights before this update
-    restore: bool = False  # put the snapshot back instead of updating
+    rate: float  # of this update
+    phase: str  # "calm", "spike" or "back"
+    average: float  # weight with which the weights before this update enter the average: 0 is frozen, 1 begun anew
+    restore: bool = False  # put the average back in place of updating (where there is one yet)
     brake: bool = False  # set the momentum to zero before updating: it would carry the spike on
     events: tuple[Event, ...] = ()
     measure_in: int = 1  # steps until the next measurement is wanted
-    alarm: bool = False  # the loss rises where it should not: the measurement may overdraw its budget
 
 
 @dataclass
 class _State:
     """Everything the machine remembers: plain numbers, so that it survives every kind of checkpoint."""
 
-    phase: str = "start"
-    rate: float = 0.0  # held between measurements
-    attempt: float = math.inf  # rate of the last attempt; following: the most that growth has come to
-    armed: float = 0.0  # eta_crit at its start; following: the lowest so far
-    kappa: float = 0.0
-    height: float = 0.0  # at which a spike is cooled, in first losses
-    low: float = math.inf  # the loss to come back to
-    began: float = 0.0  # loss of the first step
-    first: float = 0.0  # the same, but that of the snapshot where this was far above
-    before: float = 0.0  # loss of the last step
-    slope: float = 0.0  # following, and in "fit" after a restore: what the rate grows by, a step
-    interval: int = 1  # between measurements
-    steps: int = 0  # decided
-    entered: int = 0  # step at which the phase was entered
-    spiked: int = 0  # step at which the loss left `low`
-    undone: int = 0  # step of the last restore
-    updates: int = 0  # that the mean loss ran over,
-    measured: int = 0  # and the mean curvature
-    mean_loss: float = 0.0
-    mean_log_curvature: float = 0.0
-    var_log_curvature: float = 0.0
+    phase: str = "calm"
+    since: int = 0  # steps in this phase
+    rate: float = 0.0  # crept to; "back" holds what is applied below the edge
+    log_edge: float = 0.0
+    var_log_edge: float = 0.0
+    before: float = 0.0  # log_edge when the present spike began
+    losses: int = 0  # finite ones seen
+    mean: float = 0.0  # of the loss, over a window
+    level: float = 0.0
+    var: float = 0.0  # of calm losses about the level
+    first: float = 0.0  # loss
+    ceiling: float = 0.0  # of the next spike, in falls of the loss
+    due: int = 0  # step of the next measurement wanted
+    spent: float = 0.0  # on measuring, in steps
+    held: int = 0  # steps with a rate far below the edge
 
 
 class Catapulter:
-    """The state machine: fit below the edge, arm above it, hold while the loss rises, cool until it is back, and again.
-
-    Catapults wait until the loss is down (`ripe`): a spike of an untrained network destroys more than it finds. How
-    high a spike may go is learned on the way: it begins near the first loss, and rises while catapults do not pay.
-
-    Where the loss is no squared error, its curvature says little about what a spike would do (under cross-entropy it
-    vanishes with the fit, and an untrained network's is ten times lower than the same network's some steps on): the
-    machine then follows the edge of the sharpest batch so far from below, and there are no catapults.
+    """The state machine that the module's docstring describes: one `update` a step.
 
     Example:
         >>> machine = Catapulter(CatapultPolicy())
         >>> machine.update(step=1, loss=1.0, eta_crit=0.5).rate
-        0.4
+        0.05
     """
 
     def __init__(self, policy: CatapultPolicy) -> None:
         self.policy = policy
-        self._state = _State()
+        self._state = _State(ceiling=policy.ceiling)
 
     @property
     def phase(self) -> str:
@@ -164,25 +158,19 @@ class Catapulter:
 
     @property
     def eta_crit(self) -> float:
-        """The critical rate acted on: of the mean log curvature, plus `caution` times what is unusual of its spread."""
-        unusual = max(0.0, self.spread - _ORDINARY)
-        return math.exp(max(-self._state.mean_log_curvature - self.policy.caution * unusual, _LEAST_LOG))
+        """The critical rate acted on."""
+        return math.exp(self._state.log_edge)
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the log curvature over the last few measurements (a fifth of `smoothing`)."""
-        return math.sqrt(self._state.var_log_curvature)
+        """Standard deviation of the logarithm of the critical rate, over the last few measurements."""
+        return math.sqrt(self._state.var_log_edge)
 
     @property
     def rate(self) -> float:
-        """The last rate decided, 0.0 before the first decision."""
-        return self._state.rate
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self._state))  # numbers only: nothing to copy deeply
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._state = _State(**state)
+        """The last rate decided but for the fall at the end (`settle`); 0.0 before the first decision."""
+        s = self._state
+        return min(s.rate, self.policy.below * self.eta_crit) if s.phase == "back" else s.rate
 
     def update(
         self,
@@ -190,254 +178,166 @@ class Catapulter:
         step: int,
         loss: float,
         eta_crit: float | None = None,
-        smoothing: int = 1,
+        window: int = 1,
         squared_error: bool = True,
     ) -> Decision:
         """Decide on the rate of this step.
 
         Args:
             step: 1-based number of the step.
-            loss: of this step's batch, at the weights before the update.
+            loss: of this step's batch, at the weights before the update; may be NaN or infinite.
             eta_crit: critical rate of the base update for the same batch and weights, inf for no curvature; None on a
-                step that was not measured. The first step must be.
-            smoothing: steps to average over, where the policy leaves it open.
-            squared_error: is the loss one? Asked on the first step only.
+                step that was not measured.
+            window: steps to average over: 1 where the batch repeats.
+            squared_error: is the loss one? Then catapults pay, where the policy leaves it open.
         """
         s, p = self._state, self.policy
-        s.steps += 1
-        if s.steps == 1:
-            s.phase = "fit" if (squared_error if p.catapults is None else p.catapults) else "follow"
-            s.kappa, s.height = p.kappa, p.ceiling
-        s.began = s.began or loss
-        s.first = s.first or loss
-        limit = {"follow": p.blow_up, "fit": _HIGH}.get(s.phase, p.fatal)
-        if s.rate and not -math.inf < loss <= above(s.first, limit):
+        catapults = squared_error if p.catapults is None else p.catapults
+        s.since += 1
+        if eta_crit is not None:
+            self._measured(eta_crit, step, window)
+        if not s.rate:
+            s.rate = p.start * self.eta_crit
+        if not math.isfinite(loss) or self._fatal(loss):
             return self._undo(step, loss)
-        if s.rate and s.phase not in ("follow", "settle") and eta_crit is not None and eta_crit > _COLLAPSED * s.armed:
-            if not self._restored(step):
-                return self._undo(step, loss)
-            s.armed = min(eta_crit, _LARGEST_RATE)
-        h = p.smoothing or smoothing
-        # This very loss, as a mean over many steps would see it too late; of a repeated batch even the coming one, as
-        # it grows by the same factor again.
-        coming = loss * max(1.0, loss / s.before) if h == 1 and s.before > 0 else loss
-        too_high = coming > s.height * abs(s.first)
-        newest, measured = loss, eta_crit is not None
-        loss = self._averaged(loss, eta_crit, h)
-        eta_crit = self.eta_crit
-        s.armed = s.armed or eta_crit
-        if s.phase == "follow":
-            return self._follow(step, newest, eta_crit, measured)
-        if s.phase == "fit":
-            if not self._ready(step, loss, h):
-                return self._fit(loss, eta_crit, measured, h)
-            s.phase = "start"
-        if self._lost(step, loss, h):
-            return self._undo(step, loss)
-        over = self._over(step, loss)
-        if s.phase == "settle" and not over:
-            self._enter("start", step)
-        if s.phase == "arm":
-            s.low = min(s.low, loss)
-            if loss > above(s.low, p.spike):
-                self._enter("hot", step)
-                s.spiked = step
-        if s.phase == "hot" and (too_high or over or self._paid(step, loss, eta_crit, measured, h)):
-            self._enter("cool", step)
-        if s.phase == "cool" and measured and self._failed(step, loss, eta_crit):
-            return self._undo(step, loss)
-        events = self._recovery(step, loss, eta_crit, measured, h) if s.phase in ("hot", "cool") else []
-        # Momentum may only be passing through the old loss: is this one worth keeping? (Batches differ.)
-        back = loss <= (s.first if h == 1 else above(s.first, 2.0))
-        due = (s.phase == "start" and back) or (s.phase == "arm" and step - s.entered >= max(p.arm_steps, h))
-        fresh = measured and due and not over
-        if fresh:
-            self._arm(step, loss, eta_crit)
-        if over and s.phase in ("start", "arm"):  # a catapult under way is brought home first
-            self._enter("settle", step)
-            s.low = loss
-        s.rate = self._rate(eta_crit) * (self._decay(step) if s.phase == "settle" else 1.0)
-        measure_in, s.before = self._next(step, loss, measured, h), loss
-        high = h > 1 and newest > _HIGH * abs(s.first)  # before the mean shows it
-        cooled = s.phase == "cool" and s.entered == step
+        s.losses += 1
+        if s.losses == 1:
+            s.mean = s.level = s.first = loss
+        s.mean += (loss - s.mean) / min(s.losses, window)
+        phase, wish = s.phase, math.inf
+        if s.phase == "calm":
+            self._calm(loss, window, catapults)
+        if s.phase == "spike":
+            self._spike(loss, window, step)
+        elif s.phase == "back":
+            self._back(window)
+        calm = s.phase == "calm"
+        average = max(1 / max(s.since, 1), 1 / p.horizon) if calm else 0.0
         return Decision(
-            s.rate,
+            self.rate * self._decay(step),
             s.phase,
-            take_snapshot=fresh,
-            brake=cooled,
-            events=tuple(events),
-            measure_in=1 if high else measure_in,
-            alarm=high or (cooled and h > 1) or (s.phase == "settle" and loss > above(s.low, p.spike)),
+            average,
+            brake=s.phase == "back" and phase != "back",
+            events=self._held_down(),
+            measure_in=self._measure_in(step, window, eta_crit is not None),
         )
 
-    def _ready(self, step: int, loss: float, h: int) -> bool:
-        """The loss is down far enough for catapults, or there is no more time for them."""
-        s, p = self._state, self.policy
-        down = s.updates >= h and loss <= p.ripe * abs(s.first)
-        return down or (h == 1 and s.steps > p.fit_steps) or self._ending(step)
+    def _measured(self, eta_crit: float, step: int, window: int) -> None:
+        """The edge: a mean of the logarithm (batches differ), which one wrong measurement moves only so far.
 
-    def _fit(self, loss: float, eta_crit: float, measured: bool, h: int) -> Decision:
-        """Below the edge as gradient descent would be; on mini-batches by the margin of `follow`."""
-        s, p = self._state, self.policy
-        calm = loss <= above(s.first, p.spike)
-        part = p.cool if h == 1 else p.follow
-        if not s.rate:
-            s.slope = p.begin * part * eta_crit
-        elif measured:
-            s.interval = min(2 * s.interval, max(p.measure_cooling, h))
-            s.armed = eta_crit if calm else s.armed
-        s.attempt += s.slope  # infinite but after a restore
-        s.rate = min(s.attempt, part * eta_crit)
-        return Decision(s.rate, s.phase, take_snapshot=measured and calm, measure_in=s.interval)
-
-    def _ending(self, step: int) -> bool:
-        p = self.policy
-        return p.total_steps is not None and step > p.settle * p.total_steps
-
-    def _over(self, step: int, loss: float) -> bool:
-        """No catapult is to begin: little time is left, or little loss (and, settled, until there is much more)."""
-        s, p = self._state, self.policy
-        little = p.finish * s.began * (_AGAIN if s.phase == "settle" else 1.0)
-        return self._ending(step) or (s.phase in ("start", "arm", "settle") and 0 < loss <= little)
-
-    def _paid(self, step: int, loss: float, eta_crit: float, measured: bool, h: int) -> bool:
-        """Has the curvature come down within the spike? Measured, or, for a repeated batch, seen from its peak.
-
-        Along the top eigenvector the loss grows by (rate * lambda - 1)^2 a step: it peaks where eta_crit reaches the
-        rate.
+        That of the first two steps is taken as it is: the edge of an untrained network is no guide to the next.
         """
-        s, p = self._state, self.policy
-        peaked = h == 1 and loss < s.before
-        down = (measured and eta_crit > p.drop * s.armed) or peaked
-        return (down and loss > above(s.low, p.spike)) or step - s.entered >= max(p.hot_steps, h)
-
-    def _failed(self, step: int, loss: float, eta_crit: float) -> bool:
-        """A spike that leaves the curvature higher than it came is no catapult: the way back would be long."""
-        s, p = self._state, self.policy
-        return step - s.entered >= p.hot_steps and eta_crit * p.drop < s.armed and loss > above(s.low, p.spike)
-
-    def _next(self, step: int, loss: float, measured: bool, h: int) -> int:
-        """Steps until the next measurement is wanted: where a decision waits for it, and 1, 2, 4, ... steps after."""
-        s, p = self._state, self.policy
-        if s.phase == "start" or (s.phase != "arm" and s.entered == step):
-            s.interval = 1
-            return 1
-        if s.phase == "arm":
-            return max(p.arm_steps, h)
-        if s.phase == "hot":  # far above the first loss the curvature changes from step to step, and may rise
-            return 1 if loss > _HIGH * abs(s.first) else max(p.hot_steps, h)
-        rising = loss > above(s.low, p.spike) if s.phase == "settle" else h == 1 and loss > s.before
-        if rising:
-            s.interval = 1
-        elif measured:
-            # Right after a catapult eta_crit still falls, and a stale one would raise the loss.
-            s.interval = min(2 * s.interval, max(p.measure_settled if s.phase == "settle" else p.measure_cooling, h))
-        if s.phase == "settle":
-            s.low = min(s.low, loss)
-        return s.interval
-
-    def _averaged(self, loss: float, eta_crit: float | None, h: int) -> float:
-        """Running means of the loss and of log(1 / eta_crit) over about h updates (full weight to the first ones)."""
         s = self._state
-        s.updates += 1
-        weight = 1.0 / min(s.updates, h)
-        s.mean_loss += weight * (loss - s.mean_loss)
-        if eta_crit is not None:
-            s.measured += 1
-            weight = 1.0 / min(s.measured, max(1, h // 5))  # they are rarer, and differ less
-            off = -math.log(min(max(eta_crit, 1 / _LARGEST_RATE), _LARGEST_RATE)) - s.mean_log_curvature
-            s.mean_log_curvature += weight * off
-            s.var_log_curvature = (1 - weight) * (s.var_log_curvature + weight * off**2)
-        return s.mean_loss
+        if math.isnan(eta_crit):
+            return
+        off = math.log(min(max(eta_crit, _LOWEST_EDGE), _HIGHEST_EDGE)) - s.log_edge
+        fresh = step <= 2 or s.losses <= 1
+        weight = 1.0 if window == 1 or fresh else 1 / _MEMORY
+        off = off if fresh else min(max(off, -math.log(_TRUST)), math.log(_TRUST))
+        s.log_edge += weight * off
+        s.var_log_edge = 0.0 if fresh else (1 - weight) * (s.var_log_edge + weight * off**2)
+        s.spent += _MEASUREMENT if step > 1 else 0.0
 
-    def _enter(self, phase: str, step: int) -> None:
-        if self._state.phase != phase:
-            self._state.phase, self._state.entered = phase, step
+    def _calm(self, loss: float, window: int, catapults: bool) -> None:
+        """Climb to near the edge, then creep across it, or stay below; a loss above its level is a spike.
 
-    def _arm(self, step: int, loss: float, eta_crit: float) -> None:
-        s, p = self._state, self.policy
-        if s.phase == "start" and s.spiked:  # a catapult lies behind
-            s.height = min(max(s.height * self._correction(eta_crit / s.armed), p.ceiling), _HIGHEST)
-        if s.phase == "arm":  # no spike came of it: what a failure has taken off comes back
-            s.kappa = min(p.kappa, 1 + 2 * (s.kappa - 1))
-        s.armed, target = eta_crit, s.kappa * eta_crit
-        s.rate = s.attempt = min(target, p.growth * s.attempt)
-        s.phase, s.entered, s.low = "arm", step, loss
-
-    def _correction(self, gained: float) -> float:
-        """Of the height of the next spike, by the factor that the last one gained in eta_crit.
-
-        A step of rate kappa * eta_crit takes from lambda what goes with the loss over lambda (thesis ch. 3): the gain
-        goes with the loss over lambda^2.
+        Crossed slowly, the edge gives gentle catapults and many of them: a peak goes with (rate * lambda - 2)^2. Without
+        catapults the rate stays until it is above the edge: to track it from below is a trap, as the network sharpens to
+        meet the rate (Cohen et al. 2021), and the rate would follow the edge down.
         """
-        rise = max(0.0, math.log(gained))
-        change = math.log(self.policy.gain) / max(rise, 1e-3)
-        return min(max(change, 1 / _LOWERED), _RAISED) * math.exp(-2 * rise)
-
-    def _recovery(self, step: int, loss: float, eta_crit: float, measured: bool, h: int) -> list[Event]:
-        """Back at the old loss and below the edge: done. Too long away: start from the loss reached, more gently."""
         s, p = self._state, self.policy
-        if loss <= s.low and (s.phase == "cool" or (measured and s.rate < eta_crit)):
-            s.phase, s.kappa = "start", p.kappa
-            return []
-        if step - s.spiked >= max(p.patience, 4 * h):
-            s.phase, s.kappa = "start", 1 + (s.kappa - 1) / 2
-            return [("back_off", {"kappa": s.kappa, "loss": loss})]
-        return []
+        if catapults and s.since > window and s.mean - s.level > max(p.spike * math.sqrt(s.var), _ROUNDING * abs(loss)):
+            s.before = s.log_edge
+            self._enter("spike")
+            return
+        steps = _LEVEL_STEPS if window == 1 else _LEVEL_WINDOWS * window
+        off = loss - s.level
+        if s.losses > window:
+            off = min(max(off, -_OUTLIER * math.sqrt(s.var)), _OUTLIER * math.sqrt(s.var)) if s.var else off
+        s.var += (off**2 - s.var) / min(s.losses + 1, steps)
+        s.level += (loss - s.level) / min(s.losses, steps)
+        knee = p.near if catapults else p.reach
+        if s.rate < knee * self.eta_crit:
+            s.rate = min(s.rate * (1 + p.climb), knee * self.eta_crit)
+        elif catapults:
+            s.rate *= 1 + (p.creep if window == 1 else p.creep / _SLOWER)
+        elif s.rate > _TOO_NEAR * self.eta_crit:
+            s.rate = p.reach * self.eta_crit
 
-    def _rate(self, eta_crit: float) -> float:
+    def _spike(self, loss: float, window: int, step: int) -> None:
+        """Hold the rate while the loss is up: it is the spike that lowers the curvature (thesis ch. 3)."""
         s, p = self._state, self.policy
-        if s.phase in ("cool", "settle"):
-            return min(s.attempt, p.cool * eta_crit)
-        return min(s.rate, s.kappa * eta_crit)
+        height = (loss if window == 1 else s.mean) - s.level
+        if s.since > max(p.hold, window) or height > self._top():
+            self._enter("back")
+            s.due = step + 1
+        elif s.mean <= s.level:
+            self._enter("calm")
+        elif s.since == max(p.hold, window):
+            s.due = step + 1
 
-    def _follow(self, step: int, loss: float, eta_crit: float, measured: bool) -> Decision:
-        """Below the edge of the sharpest batch so far, from a gentle start on."""
-        s, p = self._state, self.policy
-        calm = loss <= above(s.first, p.spike)
-        if not s.rate:
-            s.attempt, s.slope = 0.0, p.begin * p.follow * eta_crit
-        elif measured:
-            s.interval = min(max(2 * s.interval, step - s.undone), p.measure_following)
-            s.armed = min(s.armed, eta_crit) if calm else s.armed
-        s.attempt = min(s.attempt + s.slope, _LARGEST_RATE)
-        s.rate = min(s.attempt, p.follow * s.armed) * self._decay(step)
-        return Decision(s.rate, s.phase, take_snapshot=measured and calm, measure_in=s.interval if calm else 1)
+    def _back(self, window: int) -> None:
+        """Stay below the edge until the loss is back, or patience is over; then creep on.
+
+        A spike too low to move the edge lets the next one go higher: wide networks gain nothing from low ones.
+        """
+        s = self._state
+        if s.mean <= s.level:
+            if s.log_edge - s.before < math.log(_GAIN):
+                s.ceiling = min(_HIGHER * s.ceiling, max(_HIGHEST, s.ceiling))
+            s.rate = _RESUME * min(s.rate, _MOST_EDGES * self.eta_crit) if window == 1 else self.rate
+            self._enter("calm")
+        elif s.since > (_PATIENCE if window == 1 else _PATIENT_WINDOWS * window):
+            s.rate, s.level = self.rate, s.mean
+            self._enter("calm")
+
+    def _top(self) -> float:
+        """How far above the level a spike may go: so many times what the loss has fallen, or its spread."""
+        s = self._state
+        return s.ceiling * max(s.first - s.level, math.sqrt(s.var))
+
+    def _fatal(self, loss: float) -> bool:
+        return self._state.losses > 1 and loss - self._state.level > _FATAL * self._top() > 0
+
+    def _undo(self, step: int, loss: float) -> Decision:
+        """Put the average back. The rate is to blame in a catapult, or soon after the last undoing.
+
+        A non-finite loss among calm ones is the batch's doing, and so is one right after an undoing: the weights were
+        fine.
+        """
+        s = self._state
+        blamed = s.phase != "calm" or 1 < s.since <= _SOON
+        if blamed and s.rate > _BLAMELESS * self.eta_crit:
+            s.rate = max(_BLAME * self.rate, _BLAMELESS * self.eta_crit)
+        self._enter("calm")
+        s.mean, s.due = s.level, step + 1
+        return Decision(self.rate, s.phase, 0.0, restore=True, brake=True, events=(("restore", {"loss": loss}),))
+
+    def _enter(self, phase: str) -> None:
+        self._state.phase, self._state.since = phase, 0
 
     def _decay(self, step: int) -> float:
-        """With total_steps known, the rate falls in a line to nearly nothing over what is left after `settle`."""
+        """With total_steps known, the rate falls in a line to nearly nothing over the last part."""
         p = self.policy
         if p.total_steps is None:
             return 1.0
-        return min(1.0, max(1, p.total_steps - step + 1) / ((1 - p.settle) * p.total_steps + 1))
+        return min(1.0, max(1, p.total_steps - step + 1) / (p.settle * p.total_steps + 1))
 
-    def _lost(self, step: int, loss: float, h: int) -> bool:
-        """What had been learned is gone (units may be dead), and no time left: out of patience, or about to end."""
-        s, p = self._state, self.policy
-        ending = p.total_steps is not None and step > (1 + p.settle) / 2 * p.total_steps
-        over_time = s.phase in ("hot", "cool") and step - s.spiked >= max(p.patience, 4 * h)
-        sure = s.updates >= min(h, 10 if loss < above(s.first, 2.0) else 3)  # of the mean over mini-batches
-        return (ending or over_time) and sure and loss > max(p.ripe * abs(s.first), s.low)
+    def _measure_in(self, step: int, window: int, measured: bool) -> int:
+        """After 1, 2, 4, ... steps at first, then as often as the share allows; in "back" after 1, 4, 16, ... steps."""
+        s = self._state
+        share = _SHARE_REPEATED if window == 1 else self.policy.measure_share
+        if measured:
+            wish = min(4 * max(s.since, 1) if s.phase == "back" else step, int(_MEASUREMENT / share))
+            s.due = s.due if s.due > step else step + wish
+        affordable = math.ceil((s.spent - _AHEAD) / share)
+        return max(1, max(s.due, affordable) - step) if step > 1 else 1
 
-    def _restored(self, step: int) -> bool:
-        """Are the weights the snapshot's own, by the step before?"""
-        return 0 < self._state.undone == step - 1
-
-    def _undo(self, step: int, loss: float) -> Decision:
-        """Beyond recovery: put the snapshot back and try again, more gently."""
-        s, p = self._state, self.policy
-        if self._restored(step):  # the rate cannot be to blame
-            s.first = max(s.first, loss) if math.isfinite(loss) else s.first
-        else:
-            s.kappa = 1 + (s.kappa - 1) / 2
-            reached = min(s.attempt, s.rate) if s.phase in ("follow", "fit") else s.attempt
-            s.attempt, s.slope = max(reached / 4, _LEAST * s.armed), s.slope / 4
-        s.rate, s.undone, s.interval = s.attempt, step, 1
-        # The averages start again from the snapshot's.
-        s.updates, s.measured, s.mean_log_curvature = 0, 0, -math.log(s.armed)
-        if s.phase == "fit":
-            s.rate = min(s.attempt, p.follow * self.eta_crit)
-        elif s.phase != "follow":
-            s.phase, s.entered, s.low = "arm", step, math.inf
-            s.rate = self._rate(self.eta_crit)
-        return Decision(s.rate, s.phase, restore=True, events=(("restore", {"loss": loss, "kappa": s.kappa}),))
+    def _held_down(self) -> tuple[Event, ...]:
+        """Tell once where the rate has long been far below the edge."""
+        s = self._state
+        if s.held < _HELD_STEPS:
+            s.held = s.held + 1 if self.rate < _HELD * self.eta_crit else 0
+            if s.held == _HELD_STEPS:
+                return (("held_down", {"rate": self.rate, "eta_crit": self.eta_crit, "reason": "losses were not finite"}),)
+        return ()
