@@ -54,6 +54,9 @@ _BLAME, _BLAMELESS = 0.5, 0.05
 # What a measurement costs, in training steps; how many may be made ahead; their share of the time where the batch repeats.
 _MEASUREMENT, _AHEAD, _SHARE_REPEATED = 5.0, 5.0, 0.15
 # The user is told of a rate that has been below this part of the edge for so many steps.
+_SAFE = 1
+_CUTB = 0.5
+_FIRST = 1
 _HELD, _HELD_STEPS = 0.1, 500
 
 
@@ -73,7 +76,7 @@ class CatapultPolicy:
     total_steps: int | None = None  # The length of the training, if it is known.
     measure_share: float = 0.05  # Measuring may take this share of the steps' time on mini-batches.
     catapults: bool | None = None  # The rate may cross the edge; None leaves it to squared errors.
-    start: float = 0.1  # The first rate is this part of the edge.
+    start: float = 0.05  # The first rate is this part of the edge.
     climb: float = 0.05  # Below `near` edges the rate rises by this part of itself a step.
     near: float = 0.5  # From this part of the edge on, it creeps.
     creep: float = 0.02  # Creeping, it rises by this part of itself a step (a fifth of it on mini-batches).
@@ -195,7 +198,7 @@ class Catapulter:
         catapults = squared_error if p.catapults is None else p.catapults
         s.since += 1
         if eta_crit is not None:
-            self._measured(eta_crit, step, window)
+            self._measured(eta_crit, step, window, catapults)
         if not s.rate:
             s.rate = p.start * self.eta_crit
         if not math.isfinite(loss) or self._fatal(loss):
@@ -208,7 +211,7 @@ class Catapulter:
         if s.phase == "calm":
             self._calm(loss, window, catapults)
         if s.phase == "spike":
-            self._spike(loss, window, step)
+            self._spike(loss, window, catapults, step)
         elif s.phase == "back":
             self._back(window)
         calm = s.phase == "calm"
@@ -222,7 +225,7 @@ class Catapulter:
             measure_in=self._measure_in(step, window, eta_crit is not None),
         )
 
-    def _measured(self, eta_crit: float, step: int, window: int) -> None:
+    def _measured(self, eta_crit: float, step: int, window: int, catapults: bool) -> None:
         """The edge: a mean of the logarithm (batches differ), which one wrong measurement moves only so far.
 
         That of the first two steps is taken as it is: the edge of an untrained network is no guide to the next.
@@ -232,7 +235,7 @@ class Catapulter:
             return
         off = math.log(min(max(eta_crit, _LOWEST_EDGE), _HIGHEST_EDGE)) - s.log_edge
         fresh = step <= 2 or s.losses <= 1
-        weight = 1.0 if window == 1 or fresh else 1 / _MEMORY
+        weight = 1.0 if window == 1 or fresh or (off < 0 and not catapults) else 1 / min(_MEMORY, 1 + s.spent / _MEASUREMENT)
         off = off if fresh else min(max(off, -math.log(_TRUST)), math.log(_TRUST))
         s.log_edge += weight * off
         s.var_log_edge = 0.0 if fresh else (1 - weight) * (s.var_log_edge + weight * off**2)
@@ -246,7 +249,7 @@ class Catapulter:
         meet the rate (Cohen et al. 2021), and the rate would follow the edge down.
         """
         s, p = self._state, self.policy
-        if catapults and s.since > window and s.mean - s.level > max(p.spike * math.sqrt(s.var), _ROUNDING * abs(loss)):
+        if (catapults or _SAFE) and s.since > window and s.mean - s.level > max(p.spike * math.sqrt(s.var), _ROUNDING * abs(loss)):
             s.before = s.log_edge
             self._enter("spike")
             return
@@ -258,19 +261,20 @@ class Catapulter:
         s.level += (loss - s.level) / min(s.losses, steps)
         knee = p.near if catapults else p.reach
         if s.rate < knee * self.eta_crit:
-            s.rate = min(s.rate * (1 + p.climb), knee * self.eta_crit)
+            s.rate = min(s.rate * (1 + (p.climb if catapults else p.climb / _SLOWER)), knee * self.eta_crit)
         elif catapults:
             s.rate *= 1 + (p.creep if window == 1 else p.creep / _SLOWER)
         elif s.rate > _TOO_NEAR * self.eta_crit:
             s.rate = p.reach * self.eta_crit
 
-    def _spike(self, loss: float, window: int, step: int) -> None:
+    def _spike(self, loss: float, window: int, catapults: bool, step: int) -> None:
         """Hold the rate while the loss is up: it is the spike that lowers the curvature (thesis ch. 3)."""
         s, p = self._state, self.policy
         height = (loss if window == 1 else s.mean) - s.level
-        if s.since > max(p.hold, window) or height > self._top():
+        if not catapults or s.since > max(p.hold, window) or height > self._top():
             self._enter("back")
             s.due = step + 1
+            s.rate *= 1 if catapults else _CUTB
         elif s.mean <= s.level:
             self._enter("calm")
         elif s.since == max(p.hold, window):
@@ -328,7 +332,7 @@ class Catapulter:
         s = self._state
         share = _SHARE_REPEATED if window == 1 else self.policy.measure_share
         if measured:
-            wish = min(4 * max(s.since, 1) if s.phase == "back" else step, int(_MEASUREMENT / share))
+            wish = min(4 * max(s.since, 1) if s.phase == "back" else max(step, window*_FIRST), int(_MEASUREMENT / share))
             s.due = s.due if s.due > step else step + wish
         affordable = math.ceil((s.spent - _AHEAD) / share)
         return max(1, max(s.due, affordable) - step) if step > 1 else 1
