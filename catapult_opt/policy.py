@@ -1,19 +1,20 @@
 """When to go above the edge: the rule of the controller, in plain numbers (no torch).
 
-The edge is the critical rate eta_crit = 2 / lambda_max. Of a squared error, the rate creeps across it from below, waits
+The edge is the critical rate eta_crit = 2 / lambda_max. With a squared error, the rate creeps across it from below, stays
 while the loss rises (a catapult, which lowers the curvature and so raises the edge), and goes below the edge until the
-loss is back where it was. Any other loss is trained just below the edge. The weights of calm steps enter an average,
-which never lies in a spike: it is what should be evaluated, and what a blow-up is undone to.
+loss is back where it was. With any other loss the rate stays just below the edge. The weights of calm steps enter an
+average, which never lies in a catapult: it is what should be evaluated, and what a blow-up is undone to.
 
 | phase | the rate | the average | left when |
 | --- | --- | --- | --- |
-| calm | below `near` edges: rises by `climb` a step; above: by `creep` | takes every weight in | the loss rises: spike |
-| spike | stays | frozen | back down: calm. `hold` steps over, or too high: back |
-| back | below the edge: `below` edges at most | frozen | the loss is back: calm. Out of patience: calm |
+| calm | below `near` edges it climbs, above it creeps | takes the weights in | the loss rises: spike |
+| spike | stays | frozen | the loss is back: calm. `hold` steps are over, or it is too high: back |
+| back | at most `below` edges | frozen, begun anew after it | the loss is back, or patience is over: calm |
 
-Losses are compared with one another only, by their differences: any constant added to the loss, or any positive factor,
-changes no decision. "Spread" is the standard deviation of recent calm losses, "level" is a slow mean
-of them (the lowest of many noisy losses is low by luck). A loss that is not finite, or far above any spike, is undone in any phase.
+Losses are compared with one another only, by differences: a constant added to the loss, or a positive factor on it,
+changes no decision. The level is a slow mean of the calm losses (the lowest of many noisy ones is low by luck), the
+spread is their standard deviation, the fall is what the level has come down by since the first loss.
+A loss that is not finite, or far above any spike, is undone in any phase.
 """
 
 from __future__ import annotations
@@ -25,39 +26,45 @@ from typing import Any
 from .catapults import Event
 from .checks import check_whole_number
 
-# A critical rate is taken to lie within these bounds: 2 / lambda is infinite where there is no curvature at all.
-_LOWEST_EDGE, _HIGHEST_EDGE = 1e-30, 1e30
+# The rate while no measurement has found any curvature.
+_BLIND = 1e-3
 # One measurement moves the edge by this factor at most: a wrong one is corrected by the next ones.
 _TRUST = 10.0
 # On mini-batches the edge is a mean over about this many measurements, of its logarithm.
 _MEMORY = 4
-# Level and spread run over this many steps or, on mini-batches, windows. Differences below this part of a loss are rounding.
-_LEVEL_STEPS, _LEVEL_WINDOWS, _ROUNDING = 20, 5, 1e-6
-# On mini-batches the rate creeps so much slower, and a catapult is ended by this factor on it: noise raises losses, too.
-_SLOWER, _CUT = 5.0, 0.5
+# Level and spread are means over this many steps or, on mini-batches, windows.
+_LEVEL_STEPS, _LEVEL_WINDOWS = 20, 5
+# A loss further off the level than so many spreads counts as so far off; below this part of a loss a rise is rounding.
+_OUTLIER, _ROUNDING, _LARGEST_LOSS = 3.0, 1e-6, 1e100
+# On mini-batches the rate creeps, and without catapults it climbs, slower by this factor.
+_SLOWER = 5.0
+# The rate is at most so many edges: above 12 / lambda no catapult of a ReLU network comes back (Lewkowycz et al. 2020).
+_MOST_EDGES = 6.0
 # After a catapult the rate is this part of the one that began it, or of so many edges if that is less.
-_RESUME, _MOST_EDGES = 0.9, 2.0
+_RESUME, _RESUME_EDGES = 0.9, 2.0
 # A spike that raised the edge by less than this factor was too low: the next may be so much higher, up to this height.
 _GAIN, _HIGHER, _HIGHEST = 1.2, 4.0, 1000.0
-# Steps (or windows) after which a catapult that does not come back is given up.
+# Steps, or windows, after which a catapult that does not come back is given up.
 _PATIENCE, _PATIENT_WINDOWS = 100, 10
+# Without catapults, the rate comes down once it is above so many edges, and is halved when the loss rises.
+_TOO_NEAR, _CUT = 1.1, 0.5
 # A loss this many times as far above the level as a spike may go is undone.
 _FATAL = 1000.0
-# Losses further off their level than so many spreads count as so far off.
-_OUTLIER = 3.0
-# Without catapults the rate comes down once it is above this part of the edge.
-_TOO_NEAR = 1.1
-# So few steps after one blow-up the rate is blamed for the next.
-_SOON = 3
-# A blow-up halves the rate, but not below this part of the edge, which cannot be to blame.
-_BLAME, _BLAMELESS = 0.5, 0.05
-# What a measurement costs, in training steps; how many may be made ahead; their share of the time where the batch repeats.
+# A blow-up in a catapult, or within so few steps after another one, halves the rate, down to this part of the edge.
+_SOON, _BLAME, _BLAMELESS = 3, 0.5, 0.1
+# What a measurement costs and how much may be spent ahead, in training steps; its share where the batch repeats.
 _MEASUREMENT, _AHEAD, _SHARE_REPEATED = 5.0, 5.0, 0.15
 # The user is told of a rate that has been below this part of the edge for so many steps.
-_SAFE = 1
-_CUTB = 0.5
-_FIRST = 1
 _HELD, _HELD_STEPS = 0.1, 500
+
+# Settings of earlier versions: what replaces them ("" where nothing does).
+_FORMER = {
+    **{"kappa": "creep", "growth": "creep", "spike": "rise", "ceiling": "height", "cool": "below", "hot_steps": "hold"},
+    **{"follow": "reach", "begin": "climb", "settle": "cooldown", "measure_cooling": "measure_share"},
+    **{"measure_settled": "measure_share", "measure_following": "measure_share"},
+    **dict.fromkeys(("ripe", "fit_steps", "drop", "gain", "fatal", "arm_steps", "patience", "finish"), ""),
+    **dict.fromkeys(("blow_up", "caution", "smoothing"), ""),
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class CatapultPolicy:
 
     Raises:
         ValueError: a setting is out of its range.
-        TypeError: a setting of an earlier version is given: the message names the one that replaces it.
+        TypeError: a setting of an earlier version is given; the message names the one that replaces it.
 
     Example:
         >>> CatapultPolicy(total_steps=500).near
@@ -75,27 +82,34 @@ class CatapultPolicy:
 
     total_steps: int | None = None  # The length of the training, if it is known.
     measure_share: float = 0.05  # Measuring may take this share of the steps' time on mini-batches.
-    catapults: bool | None = None  # The rate may cross the edge; None leaves it to squared errors.
+    catapults: bool | None = None  # The rate may cross the edge; None allows it for squared errors alone.
     start: float = 0.05  # The first rate is this part of the edge.
     climb: float = 0.05  # Below `near` edges the rate rises by this part of itself a step.
-    near: float = 0.5  # From this part of the edge on, it creeps.
-    creep: float = 0.02  # Creeping, it rises by this part of itself a step (a fifth of it on mini-batches).
+    near: float = 0.5  # From this part of the edge on, the rate creeps.
+    creep: float = 0.02  # Creeping, the rate rises by this part of itself a step (a fifth of it on mini-batches).
     reach: float = 0.7  # Without catapults the rate stays at this part of the edge.
-    spike: float = 0.5  # A loss so many spreads above its level is a catapult.
-    hold: int = 10  # A catapult is held for so many steps at most (a window at least).
-    ceiling: float = 20.0  # A first spike may be so many times as high as the loss has fallen since the start.
-    below: float = 0.8  # After it the rate is at most this part of the edge, until the loss is back.
+    rise: float = 0.5  # A loss so many spreads above its level is a spike.
+    hold: int = 10  # A spike is held for so many steps at most, and at least a window.
+    height: float = 20.0  # The first spike may be so many times as high as the loss has fallen.
+    below: float = 0.8  # After a spike the rate is at most this part of the edge, until the loss is back.
     horizon: int = 50  # The average runs over about so many calm steps.
-    settle: float = 0.3  # With `total_steps`, the rate falls to nothing over this last part of them.
+    cooldown: float = 0.3  # With `total_steps`, the rate falls to nearly nothing over this last part of them.
+
+    def __new__(cls, *args: Any, **settings: Any) -> CatapultPolicy:
+        for name in settings:
+            if name in _FORMER:
+                now = f"use {_FORMER[name]} instead" if _FORMER[name] else "nothing replaces it, leave it out"
+                raise TypeError(f"CatapultPolicy has no setting {name} any more: {now}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in ("measure_share", "start", "near", "reach", "below", "settle"):
+        for name in ("measure_share", "start", "near", "reach", "below", "cooldown"):
             _check(name, getattr(self, name), at_most=1.0)
-        for name in ("climb", "creep", "spike", "ceiling"):
+        for name in ("climb", "creep", "rise", "height"):
             _check(name, getattr(self, name))
         for name in ("hold", "horizon", *(() if self.total_steps is None else ("total_steps",))):
             check_whole_number(name, getattr(self, name))
-        if self.catapults not in (None, True, False):
+        if not (self.catapults is None or isinstance(self.catapults, bool)):
             raise ValueError(
                 f"catapults must be True, False or None (where the loss is a squared error), got {self.catapults!r}"
             )
@@ -103,7 +117,7 @@ class CatapultPolicy:
 
 def _check(name: str, value: object, at_most: float = math.inf) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value <= at_most or not math.isfinite(value):  # type: ignore[operator]
+    if not number or not 0 < value <= at_most or not math.isfinite(value):  # type: ignore[operator,arg-type]
         limit = "" if math.isinf(at_most) else f" and at most {at_most:g}"
         raise ValueError(f"{name} must be a finite number above 0{limit}, got {value!r}")
 
@@ -115,7 +129,7 @@ class Decision:
     rate: float  # of this update
     phase: str  # "calm", "spike" or "back"
     average: float  # weight with which the weights before this update enter the average: 0 is frozen, 1 begun anew
-    restore: bool = False  # put the average back in place of updating (where there is one yet)
+    restore: bool = False  # put the average (if there is one yet) back in place of updating
     brake: bool = False  # set the momentum to zero before updating: it would carry the spike on
     events: tuple[Event, ...] = ()
     measure_in: int = 1  # steps until the next measurement is wanted
@@ -127,19 +141,23 @@ class _State:
 
     phase: str = "calm"
     since: int = 0  # steps in this phase
-    rate: float = 0.0  # crept to; "back" holds what is applied below the edge
+    rate: float = 0.0  # crept to so far; 0 while no curvature is known
     log_edge: float = 0.0
     var_log_edge: float = 0.0
     before: float = 0.0  # log_edge when the present spike began
     losses: int = 0  # finite ones seen
     mean: float = 0.0  # of the loss, over a window
-    level: float = 0.0
-    var: float = 0.0  # of calm losses about the level
+    level: float = 0.0  # of the calm losses
+    var: float = 0.0  # of the calm losses about the level
     first: float = 0.0  # loss
-    ceiling: float = 0.0  # of the next spike, in falls of the loss
+    height: float = 0.0  # of the next spike, in falls of the loss
+    measured: int = 0  # measurements after the first step's
     due: int = 0  # step of the next measurement wanted
-    spent: float = 0.0  # on measuring, in steps
-    held: int = 0  # steps with a rate far below the edge
+    held: int = 0  # steps in a row with a rate far below the edge
+
+
+# Numbers of the state that may not be negative; logarithms of an edge may be this large.
+_NOT_NEGATIVE, _LARGEST_LOG = ("rate", "var_log_edge", "var", "height"), 690.0
 
 
 class Catapulter:
@@ -148,12 +166,12 @@ class Catapulter:
     Example:
         >>> machine = Catapulter(CatapultPolicy())
         >>> machine.update(step=1, loss=1.0, eta_crit=0.5).rate
-        0.05
+        0.0263
     """
 
     def __init__(self, policy: CatapultPolicy) -> None:
         self.policy = policy
-        self._state = _State(ceiling=policy.ceiling)
+        self._state = _State(height=policy.height)
 
     @property
     def phase(self) -> str:
@@ -171,9 +189,24 @@ class Catapulter:
 
     @property
     def rate(self) -> float:
-        """The last rate decided but for the fall at the end (`settle`); 0.0 before the first decision."""
+        """The last rate decided (but for the fall at the end of a training of known length), 0.0 before the first."""
         s = self._state
         return min(s.rate, self.policy.below * self.eta_crit) if s.phase == "back" else s.rate
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self._state))  # numbers only: nothing to copy deeply
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state; entries not known are ignored, missing ones take their default.
+
+        Raises:
+            ValueError: an entry is of a wrong type or out of its range; the state is as before.
+        """
+        loaded = _State(height=self.policy.height)
+        for field in fields(_State):
+            if field.name in state:
+                setattr(loaded, field.name, _checked(field.name, state[field.name], getattr(loaded, field.name)))
+        self._state = loaded
 
     def update(
         self,
@@ -191,157 +224,195 @@ class Catapulter:
             loss: of this step's batch, at the weights before the update; may be NaN or infinite.
             eta_crit: critical rate of the base update for the same batch and weights, inf for no curvature; None on a
                 step that was not measured.
-            window: steps to average over: 1 where the batch repeats.
-            squared_error: is the loss one? Then catapults pay, where the policy leaves it open.
+            window: steps to average the loss over: 1 where the batch repeats.
+            squared_error: is the loss one? Then catapults pay, unless the policy says otherwise.
         """
-        s, p = self._state, self.policy
-        catapults = squared_error if p.catapults is None else p.catapults
+        s = self._state
+        catapults = squared_error if self.policy.catapults is None else self.policy.catapults
         s.since += 1
         if eta_crit is not None:
-            self._measured(eta_crit, step, window, catapults)
-        if not s.rate:
-            s.rate = p.start * self.eta_crit
-        if not math.isfinite(loss) or self._fatal(loss):
-            return self._undo(step, loss)
+            self._measure(eta_crit, step, window, catapults)
+        if not abs(loss) < _LARGEST_LOSS or self._lost(loss, window):
+            return self._undo(step, loss, window)
+        self._take(loss, window)
+        phase = s.phase
+        if phase == "calm":
+            self._calm(loss, window, catapults)
+        if s.phase == "spike":
+            self._spike(loss, window, catapults)
+        elif s.phase == "back":
+            self._back(window)
+        if s.phase == "back" != phase:
+            s.due = step + 1
+        rate = (self.rate or _BLIND) * self._fall_at_end(step)
+        average = max(1 / max(s.since, 1), 1 / self.policy.horizon) if s.phase == "calm" else 0.0
+        brake = s.phase == "back" != phase
+        return Decision(rate, s.phase, average, False, brake, self._held_down(), self._measure_in(step, window))
+
+    def _measure(self, eta_crit: float, step: int, window: int, catapults: bool) -> None:
+        """Take a measurement in, as the logarithm; plan the next: after 1, 2, 4, ... steps, in "back" 1, 4, 16, ....
+
+        Batches differ, so that on mini-batches a mean counts; without catapults a lower edge counts at once, as the
+        sharpest batch is the one that does harm. Those of the first two steps are taken as they are, as the edge of an
+        untrained network is no guide to the next.
+        """
+        s = self._state
+        s.measured += step > 1
+        pace = int(_MEASUREMENT / self._share(window))
+        s.due = step + min(4 * s.since if s.phase == "back" else max(step, window), pace)
+        if not 1 / _LARGEST_LOSS < eta_crit < _LARGEST_LOSS:  # no curvature, or nonsense: the last edge stays
+            return
+        off = math.log(eta_crit) - s.log_edge
+        if not s.rate or step <= 2:
+            s.log_edge += off
+        else:
+            sharper = off < 0 and not catapults
+            weight = 1.0 if window == 1 or sharper else 1 / min(_MEMORY, 1 + s.measured)
+            off = min(max(off, -math.log(_TRUST)), math.log(_TRUST))
+            s.log_edge += weight * off
+            s.var_log_edge = (1 - weight) * (s.var_log_edge + weight * off * off)
+        s.rate = s.rate or self.policy.start * self.eta_crit
+
+    def _take(self, loss: float, window: int) -> None:
+        """Follow the loss by its mean over a window, and in calm steps by its level and spread."""
+        s = self._state
         s.losses += 1
         if s.losses == 1:
             s.mean = s.level = s.first = loss
         s.mean += (loss - s.mean) / min(s.losses, window)
-        phase, wish = s.phase, math.inf
-        if s.phase == "calm":
-            self._calm(loss, window, catapults)
-        if s.phase == "spike":
-            self._spike(loss, window, catapults, step)
-        elif s.phase == "back":
-            self._back(window)
-        calm = s.phase == "calm"
-        average = max(1 / max(s.since, 1), 1 / p.horizon) if calm else 0.0
-        return Decision(
-            self.rate * self._decay(step),
-            s.phase,
-            average,
-            brake=s.phase == "back" and phase != "back",
-            events=self._held_down(),
-            measure_in=self._measure_in(step, window, eta_crit is not None),
-        )
-
-    def _measured(self, eta_crit: float, step: int, window: int, catapults: bool) -> None:
-        """The edge: a mean of the logarithm (batches differ), which one wrong measurement moves only so far.
-
-        That of the first two steps is taken as it is: the edge of an untrained network is no guide to the next.
-        """
-        s = self._state
-        if math.isnan(eta_crit):
-            return
-        off = math.log(min(max(eta_crit, _LOWEST_EDGE), _HIGHEST_EDGE)) - s.log_edge
-        fresh = step <= 2 or s.losses <= 1
-        weight = 1.0 if window == 1 or fresh or (off < 0 and not catapults) else 1 / min(_MEMORY, 1 + s.spent / _MEASUREMENT)
-        off = off if fresh else min(max(off, -math.log(_TRUST)), math.log(_TRUST))
-        s.log_edge += weight * off
-        s.var_log_edge = 0.0 if fresh else (1 - weight) * (s.var_log_edge + weight * off**2)
-        s.spent += _MEASUREMENT if step > 1 else 0.0
 
     def _calm(self, loss: float, window: int, catapults: bool) -> None:
         """Climb to near the edge, then creep across it, or stay below; a loss above its level is a spike.
 
         Crossed slowly, the edge gives gentle catapults and many of them: a peak goes with (rate * lambda - 2)^2. Without
-        catapults the rate stays until it is above the edge: to track it from below is a trap, as the network sharpens to
-        meet the rate (Cohen et al. 2021), and the rate would follow the edge down.
+        catapults the rate stays where it is until it is above the edge. To track the edge from below is a trap: the
+        network sharpens to meet the rate (Cohen et al. 2021), and the rate would follow the edge down.
         """
         s, p = self._state, self.policy
-        if (catapults or _SAFE) and s.since > window and s.mean - s.level > max(p.spike * math.sqrt(s.var), _ROUNDING * abs(loss)):
+        spread = math.sqrt(s.var)
+        if s.since > window and s.mean - s.level > max(p.rise * spread, _ROUNDING * abs(loss)):
             s.before = s.log_edge
             self._enter("spike")
             return
         steps = _LEVEL_STEPS if window == 1 else _LEVEL_WINDOWS * window
         off = loss - s.level
-        if s.losses > window:
-            off = min(max(off, -_OUTLIER * math.sqrt(s.var)), _OUTLIER * math.sqrt(s.var)) if s.var else off
-        s.var += (off**2 - s.var) / min(s.losses + 1, steps)
+        if s.losses > window and spread:
+            off = min(max(off, -_OUTLIER * spread), _OUTLIER * spread)
+        s.var += (off * off - s.var) / min(s.losses + 1, steps)
         s.level += (loss - s.level) / min(s.losses, steps)
-        knee = p.near if catapults else p.reach
-        if s.rate < knee * self.eta_crit:
-            s.rate = min(s.rate * (1 + (p.climb if catapults else p.climb / _SLOWER)), knee * self.eta_crit)
+        edge, knee = self.eta_crit, p.near if catapults else p.reach
+        if s.rate < knee * edge:
+            s.rate = min(s.rate * (1 + (p.climb if catapults else p.climb / _SLOWER)), knee * edge)
         elif catapults:
-            s.rate *= 1 + (p.creep if window == 1 else p.creep / _SLOWER)
-        elif s.rate > _TOO_NEAR * self.eta_crit:
-            s.rate = p.reach * self.eta_crit
+            s.rate = min(s.rate * (1 + (p.creep if window == 1 else p.creep / _SLOWER)), _MOST_EDGES * edge)
+        elif s.rate > _TOO_NEAR * edge:
+            s.rate = knee * edge
 
-    def _spike(self, loss: float, window: int, catapults: bool, step: int) -> None:
+    def _spike(self, loss: float, window: int, catapults: bool) -> None:
         """Hold the rate while the loss is up: it is the spike that lowers the curvature (thesis ch. 3)."""
-        s, p = self._state, self.policy
+        s = self._state
         height = (loss if window == 1 else s.mean) - s.level
-        if not catapults or s.since > max(p.hold, window) or height > self._top():
+        if not catapults or s.since > max(self.policy.hold, window) or height > self._highest():
+            s.rate *= 1.0 if catapults else _CUT
             self._enter("back")
-            s.due = step + 1
-            s.rate *= 1 if catapults else _CUTB
         elif s.mean <= s.level:
             self._enter("calm")
-        elif s.since == max(p.hold, window):
-            s.due = step + 1
 
     def _back(self, window: int) -> None:
-        """Stay below the edge until the loss is back, or patience is over; then creep on.
+        """Stay below the edge until the loss is back, or patience is over; then go on.
 
         A spike too low to move the edge lets the next one go higher: wide networks gain nothing from low ones.
         """
         s = self._state
         if s.mean <= s.level:
             if s.log_edge - s.before < math.log(_GAIN):
-                s.ceiling = min(_HIGHER * s.ceiling, max(_HIGHEST, s.ceiling))
-            s.rate = _RESUME * min(s.rate, _MOST_EDGES * self.eta_crit) if window == 1 else self.rate
+                s.height = min(_HIGHER * s.height, max(_HIGHEST, s.height))
+            s.rate = _RESUME * min(s.rate, _RESUME_EDGES * self.eta_crit) if window == 1 else self.rate
             self._enter("calm")
-        elif s.since > (_PATIENCE if window == 1 else _PATIENT_WINDOWS * window):
+        elif s.since > self._patience(window):
             s.rate, s.level = self.rate, s.mean
             self._enter("calm")
 
-    def _top(self) -> float:
-        """How far above the level a spike may go: so many times what the loss has fallen, or its spread."""
+    def _lost(self, loss: float, window: int) -> bool:
+        """Is this loss beyond recovery: far above any spike, or given up above where the training began?
+
+        A calm training below the edge does not blow up: somebody put other weights in. There the losses begin anew.
+        """
         s = self._state
-        return s.ceiling * max(s.first - s.level, math.sqrt(s.var))
+        highest = _FATAL * self._highest()
+        if s.losses > 1 and loss - s.level > highest > 0:
+            if s.phase == "calm" and s.since > _SOON and s.rate < self.eta_crit:
+                s.losses, s.since = 0, 1
+                return False
+            return True
+        return s.phase == "back" and s.since > self._patience(window) and min(s.mean, loss) > s.first
 
-    def _fatal(self, loss: float) -> bool:
-        return self._state.losses > 1 and loss - self._state.level > _FATAL * self._top() > 0
+    def _undo(self, step: int, loss: float, window: int) -> Decision:
+        """Put the average back; the rate is halved if it may be to blame.
 
-    def _undo(self, step: int, loss: float) -> Decision:
-        """Put the average back. The rate is to blame in a catapult, or soon after the last undoing.
-
-        A non-finite loss among calm ones is the batch's doing, and so is one right after an undoing: the weights were
-        fine.
+        It is not where the losses before were calm (then it is the batch), nor right after an undoing (the weights are
+        the average's), nor far below the edge.
         """
         s = self._state
         blamed = s.phase != "calm" or 1 < s.since <= _SOON
-        if blamed and s.rate > _BLAMELESS * self.eta_crit:
+        if blamed and self.rate > _BLAMELESS * self.eta_crit:
             s.rate = max(_BLAME * self.rate, _BLAMELESS * self.eta_crit)
         self._enter("calm")
         s.mean, s.due = s.level, step + 1
-        return Decision(self.rate, s.phase, 0.0, restore=True, brake=True, events=(("restore", {"loss": loss}),))
+        events = (("restore", {"loss": loss}), *self._held_down())
+        return Decision(self.rate or _BLIND, s.phase, 0.0, True, True, events, self._measure_in(step, window))
+
+    def _highest(self) -> float:
+        """How far above the level a spike may go: so many times the fall of the loss, or its spread."""
+        s = self._state
+        return s.height * max(s.first - s.level, math.sqrt(s.var))
+
+    def _patience(self, window: int) -> int:
+        return _PATIENCE if window == 1 else _PATIENT_WINDOWS * window
+
+    def _share(self, window: int) -> float:
+        return _SHARE_REPEATED if window == 1 else self.policy.measure_share
 
     def _enter(self, phase: str) -> None:
         self._state.phase, self._state.since = phase, 0
 
-    def _decay(self, step: int) -> float:
-        """With total_steps known, the rate falls in a line to nearly nothing over the last part."""
+    def _fall_at_end(self, step: int) -> float:
+        """With total_steps known, the rate falls in a line to nearly nothing over the last part of them."""
         p = self.policy
         if p.total_steps is None:
             return 1.0
-        return min(1.0, max(1, p.total_steps - step + 1) / (p.settle * p.total_steps + 1))
+        return min(1.0, max(1, p.total_steps - step + 1) / (p.cooldown * p.total_steps + 1))
 
-    def _measure_in(self, step: int, window: int, measured: bool) -> int:
-        """After 1, 2, 4, ... steps at first, then as often as the share allows; in "back" after 1, 4, 16, ... steps."""
+    def _measure_in(self, step: int, window: int) -> int:
+        """Steps until the measurement that is due, or until it can be afforded; the second step is always measured."""
         s = self._state
-        share = _SHARE_REPEATED if window == 1 else self.policy.measure_share
-        if measured:
-            wish = min(4 * max(s.since, 1) if s.phase == "back" else max(step, window*_FIRST), int(_MEASUREMENT / share))
-            s.due = s.due if s.due > step else step + wish
-        affordable = math.ceil((s.spent - _AHEAD) / share)
+        affordable = math.ceil((_MEASUREMENT * s.measured - _AHEAD) / self._share(window))
         return max(1, max(s.due, affordable) - step) if step > 1 else 1
 
     def _held_down(self) -> tuple[Event, ...]:
-        """Tell once where the rate has long been far below the edge."""
+        """Tell, once, where the rate has long been far below the edge, and why."""
         s = self._state
+        if s.held >= _HELD_STEPS:
+            return ()
+        s.held = s.held + 1 if self.rate < _HELD * self.eta_crit else 0
         if s.held < _HELD_STEPS:
-            s.held = s.held + 1 if self.rate < _HELD * self.eta_crit else 0
-            if s.held == _HELD_STEPS:
-                return (("held_down", {"rate": self.rate, "eta_crit": self.eta_crit, "reason": "losses were not finite"}),)
-        return ()
+            return ()
+        reason = "the loss does not come back" if s.phase == "back" else "losses were not finite, or blew up"
+        return (("held_down", {"rate": self.rate, "eta_crit": self.eta_crit, "reason": reason}),)
+
+
+def _checked(name: str, value: Any, default: Any) -> Any:
+    """A loaded entry of the state, if its type is that of the default and its value one the machine can be in."""
+    if isinstance(default, str):
+        good, wanted = value in ("calm", "spike", "back"), "calm, spike or back"
+    elif isinstance(default, int):
+        good, wanted = isinstance(value, int) and not isinstance(value, bool) and value >= 0, "a whole number >= 0"
+    else:
+        low = 0.0 if name in _NOT_NEGATIVE else -_LARGEST_LOG if name in ("log_edge", "before") else -math.inf
+        high = _LARGEST_LOG if name in ("log_edge", "before") else math.inf
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        good = number and math.isfinite(value) and low <= value <= high
+        wanted = "a finite number" + ("" if math.isinf(low) else f" >= {low:g}")
+    if not good:
+        raise ValueError(f"{name} of the controller's state must be {wanted}, got {value!r}")
+    return value
