@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -64,11 +65,7 @@ class Controller:
         policy = policy or CatapultPolicy()
         self.observer = observer = Observer(optimizer, model, criterion, options, ACTING)
         self.recorder = Recorder(face, observer, options, {"policy": asdict(policy), **settings}, copies=2)
-        # The clock alone limits measuring where the user sets a share of the time.
-        share = policy.measure_share if options.overhead is None else float("inf")
-        self.schedule = MeasurementSchedule(
-            every=options.every, overhead=options.overhead, share=share, group=observer.group
-        )
+        self.schedule = MeasurementSchedule(options, observer.group)
         self.memory = Memory(state)
         self.policy, self._machine = policy, Catapulter(policy)
 
@@ -98,21 +95,27 @@ class Controller:
             step=seen.step,
             loss=seen.loss,
             eta_crit=seen.eta_crit,
-            smoothing=seen.window,
+            window=seen.window,
             squared_error=seen.squared_error,
         )
         params = observer.params
         memory.prepare(params)
         if seen.vector is not None:
             memory.remember(params, seen.vector)
-        if decision.take_snapshot:
-            memory.average(params, observer.buffers(), 1.0)
+        memory.average(params, observer.buffers(), decision.average)
         details = {"phase": decision.phase, **self.schedule.account(seen)}
         if seen.window > 1:
             details |= {"eta_crit_mean": machine.eta_crit, "log_lambda_sd": machine.spread}
         self.recorder.record(seen, update.rate / unit * decision.rate, decision.events, details)
-        self.schedule.ask(seen, decision.measure_in, alarm=decision.alarm)
-        observer.measure_next(self.schedule.next_is_measured(seen.step, observer.repeated))
+        self.schedule.ask(seen.step, decision.measure_in)
+        observer.measure_next(self.schedule.next_is_measured(seen.step))
+        for name, about in decision.events:
+            if name == "held_down":
+                warnings.warn(
+                    f"the rate has long been {about['rate'] / about['eta_crit']:.2g} of the critical one: "
+                    f"{about['reason']}. Look at the batches, or end the training here",
+                    stacklevel=4,
+                )
         return decision
 
     def restore(self) -> None:
@@ -174,7 +177,7 @@ class Controller:
         self.recorder.take(state.counter)
         self._machine.take(state.policy)
         self.memory.take_buffers(state.buffers)
-        self.observer.measure_next(self.schedule.next_is_measured(self.observer.step, self.observer.repeated))
+        self.observer.measure_next(self.schedule.next_is_measured(self.observer.step))
 
 
 def _upgraded(state: dict[str, Any]) -> dict[str, Any]:
@@ -196,12 +199,13 @@ def _upgraded(state: dict[str, Any]) -> dict[str, Any]:
     session, machine = state.get("session"), state.get("machine")
     if not isinstance(session, dict) or not isinstance(machine, dict):
         raise ValueError("state_dict: session and machine must be mappings: pass what state_dict() gave")
+    # The policy of 0.1.0 was another one; that of today begins anew.
     counter = session.get("counter", {})
     measured = counter.get("measured", 0) if isinstance(counter, dict) else 0
     return {
         "observer": {**session, "measured": bool(measured)},
         "schedule": session,
         "counter": {**counter, "measured_at": session.get("measured_at", 0)} if isinstance(counter, dict) else counter,
-        "policy": machine,
+        "policy": {},
         "buffers": state.get("buffers", {}),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import defaultdict
 from collections.abc import Callable
@@ -85,7 +84,7 @@ class CatapultMonitor(StepHook):
         self._observer = Observer(optimizer, model, criterion, options, COUNTING)
         settings = {"optimizer": type(optimizer).__name__, **plain_settings(optimizer.defaults)}
         self._recorder = Recorder(type(self).__name__, self._observer, options, settings, copies=1)
-        self._schedule = MeasurementSchedule(every=every, overhead=overhead, share=math.inf, group=self._observer.group)
+        self._schedule = MeasurementSchedule(options, self._observer.group)
         self._memory = Memory(defaultdict(dict))  # of the warm start alone
         self._attach(optimizer)
 
@@ -106,4 +105,4 @@ class CatapultMonitor(StepHook):
         if seen.vector is not None:
             self._memory.remember(observer.params, seen.vector)
         recorder.record(seen, update.rate, details={"phase": "watch", **self._schedule.account(seen)})
-        observer.measure_next(self._schedule.next_is_measured(seen.step, observer.repeated))
+        observer.measure_next(self._schedule.next_is_measured(seen.step))

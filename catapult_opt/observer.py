@@ -309,24 +309,29 @@ class Observer:
                 max_matvecs=max_matvecs,
                 group=self.group,
             )
-            if cold and not found.lambda_max > 0:
-                raise MeasurementError(
-                    f"the first batch has no curvature (lambda_max = {found.lambda_max:g}), so that any rate would do: "
-                    "does the output depend on the weights at all, or are all units dead?"
-                )
             self._step_size.relative = self.group.highest([self._step_size.relative])[0]
         except Exception as error:
             if cold:
                 raise
-            if str(error) not in self._reported:  # the others of this kind are counted in the log
-                self._reported.add(str(error))
-                message = f"step {self.step + 1} could not be measured, the last critical rate is kept: {error}"
-                warnings.warn(message, MeasurementWarning, stacklevel=4)
-            events.append(("measurement_failed", {"reason": str(error)}))
-            return None, None
+            return self._failed(str(error), events)
+        if not found.lambda_max > 0:
+            return self._failed(
+                "the batch has no positive curvature, so that any rate would do: does the output depend on the weights "
+                "at all, are all units dead, or is the loss 0?",
+                events,
+            )
         state.measured = True
         eta_crit = update.critical(found.lambda_max)
         return CriticalLR(**{**vars(found), "eta_crit": eta_crit}), vector
+
+    def _failed(self, reason: str, events: list[Event]) -> tuple[None, None]:
+        """Tell the user once of each kind of failure; the others are counted in the log."""
+        if reason not in self._reported:
+            self._reported.add(reason)
+            message = f"step {self.step + 1} could not be measured, the last critical rate is kept: {reason}"
+            warnings.warn(message, MeasurementWarning, stacklevel=5)
+        events.append(("measurement_failed", {"reason": reason}))
+        return None, None
 
     def _size_of(self, calls: Sequence[LossCall]) -> int | None:
         sizes = [f.batch_size for call in calls for f in call.forwards]

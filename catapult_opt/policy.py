@@ -20,11 +20,12 @@ A loss that is not finite, or far above any spike, is undone in any phase.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from .catapults import Event
 from .checks import check_whole_number
+from .state import FieldsState, field_of, take_over
 
 # The rate while no measurement has found any curvature.
 _BLIND = 1e-3
@@ -56,6 +57,9 @@ _SOON, _BLAME, _BLAMELESS = 3, 0.5, 0.1
 _MEASUREMENT, _AHEAD, _SHARE_REPEATED = 5.0, 5.0, 0.15
 # The user is told of a rate that has been below this part of the edge for so many steps.
 _HELD, _HELD_STEPS = 0.1, 500
+
+# The logarithm of an edge is between these: its exponential is still a number.
+_LARGEST_LOG = 690.0
 
 # Settings of earlier versions: what replaces them ("" where nothing does).
 _FORMER = {
@@ -136,28 +140,24 @@ class Decision:
 
 
 @dataclass
-class _State:
+class _State(FieldsState):
     """Everything the machine remembers: plain numbers, so that it survives every kind of checkpoint."""
 
-    phase: str = "calm"
-    since: int = 0  # steps in this phase
-    rate: float = 0.0  # crept to so far; 0 while no curvature is known
-    log_edge: float = 0.0
-    var_log_edge: float = 0.0
-    before: float = 0.0  # log_edge when the present spike began
-    losses: int = 0  # finite ones seen
-    mean: float = 0.0  # of the loss, over a window
-    level: float = 0.0  # of the calm losses
-    var: float = 0.0  # of the calm losses about the level
-    first: float = 0.0  # loss
-    height: float = 0.0  # of the next spike, in falls of the loss
-    measured: int = 0  # measurements after the first step's
-    due: int = 0  # step of the next measurement wanted
-    held: int = 0  # steps in a row with a rate far below the edge
-
-
-# Numbers of the state that may not be negative; logarithms of an edge may be this large.
-_NOT_NEGATIVE, _LARGEST_LOG = ("rate", "var_log_edge", "var", "height"), 690.0
+    phase: str = field_of("calm", choices=("calm", "spike", "back"))
+    since: int = field_of(0, least=0)  # steps in this phase
+    rate: float = field_of(0.0, least=0)  # crept to so far; 0 while no curvature is known
+    log_edge: float = field_of(0.0, least=-_LARGEST_LOG, most=_LARGEST_LOG)
+    var_log_edge: float = field_of(0.0, least=0)
+    before: float = field_of(0.0, least=-_LARGEST_LOG, most=_LARGEST_LOG)  # log_edge when the present spike began
+    losses: int = field_of(0, least=0)  # finite ones seen
+    mean: float = field_of(0.0)  # of the loss, over a window
+    level: float = field_of(0.0)  # of the calm losses
+    var: float = field_of(0.0, least=0)  # of the calm losses about the level
+    first: float = field_of(0.0)  # loss
+    height: float = field_of(0.0, least=0)  # of the next spike, in falls of the loss; 0 in a new state
+    measured: int = field_of(0, least=0)  # measurements after the first step's
+    due: int = field_of(0, least=0)  # step of the next measurement wanted
+    held: int = field_of(0, least=0)  # steps in a row with a rate far below the edge
 
 
 class Catapulter:
@@ -194,19 +194,16 @@ class Catapulter:
         return min(s.rate, self.policy.below * self.eta_crit) if s.phase == "back" else s.rate
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self._state))  # numbers only: nothing to copy deeply
+        return self._state.as_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state; entries not known are ignored, missing ones take their default.
+    def parse(self, state: object) -> FieldsState:
+        """The state checked, to be given to `take`."""
+        return take_over(_State, state, "policy")
 
-        Raises:
-            ValueError: an entry is of a wrong type or out of its range; the state is as before.
-        """
-        loaded = _State(height=self.policy.height)
-        for field in fields(_State):
-            if field.name in state:
-                setattr(loaded, field.name, _checked(field.name, state[field.name], getattr(loaded, field.name)))
-        self._state = loaded
+    def take(self, state: FieldsState) -> None:
+        assert isinstance(state, _State)
+        state.height = state.height or self.policy.height
+        self._state = state
 
     def update(
         self,
@@ -399,20 +396,3 @@ class Catapulter:
             return ()
         reason = "the loss does not come back" if s.phase == "back" else "losses were not finite, or blew up"
         return (("held_down", {"rate": self.rate, "eta_crit": self.eta_crit, "reason": reason}),)
-
-
-def _checked(name: str, value: Any, default: Any) -> Any:
-    """A loaded entry of the state, if its type is that of the default and its value one the machine can be in."""
-    if isinstance(default, str):
-        good, wanted = value in ("calm", "spike", "back"), "calm, spike or back"
-    elif isinstance(default, int):
-        good, wanted = isinstance(value, int) and not isinstance(value, bool) and value >= 0, "a whole number >= 0"
-    else:
-        low = 0.0 if name in _NOT_NEGATIVE else -_LARGEST_LOG if name in ("log_edge", "before") else -math.inf
-        high = _LARGEST_LOG if name in ("log_edge", "before") else math.inf
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        good = number and math.isfinite(value) and low <= value <= high
-        wanted = "a finite number" + ("" if math.isinf(low) else f" >= {low:g}")
-    if not good:
-        raise ValueError(f"{name} of the controller's state must be {wanted}, got {value!r}")
-    return value

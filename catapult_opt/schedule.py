@@ -1,4 +1,4 @@
-"""When to measure next: a fixed interval, what the policy asks for, and what measuring may cost."""
+"""When to measure next: at a fixed interval, when the policy asks for it, within a share of the time."""
 
 from __future__ import annotations
 
@@ -8,24 +8,8 @@ from typing import Any
 
 from .distributed import Group
 from .observer import Observation
+from .options import MeasuringOptions
 from .state import FieldsState, field_of, take_over
-
-# What a measurement costs, in training steps: a curvature product, and the rest (benchmarks/curvature.py).
-_PRODUCT, _MEASUREMENT = 1.3, 1.0
-# So many steps' worth of measuring may be spent ahead of time: a training's first steps change the curvature most.
-_ADVANCE = 5.0
-# So much more may be spent where the loss rises though it should not.
-_ALARM = 25.0
-
-
-def measurement_cost(matvecs: int) -> float:
-    """What a measurement with so many curvature products costs, in training steps (counted, not timed).
-
-    Example:
-        >>> round(measurement_cost(3), 1)
-        4.9
-    """
-    return _MEASUREMENT + _PRODUCT * matvecs
 
 
 class Clock:
@@ -53,54 +37,38 @@ class Clock:
 
 @dataclass
 class _State(FieldsState):
-    # Step of the next measurement asked for; None before the first one.
-    due: int | None = field_of(None, least=1)
-    # Training steps' worth of measuring so far, the first measurement left out.
-    spent: float = field_of(0.0, least=0.0)
-    # Did the policy say that the loss rises where it should not?
-    alarm: bool = field_of(False)
+    # Step of the next measurement that the policy asked for; 0 before it asked for any.
+    due: int = field_of(0, least=0)
 
 
 class MeasurementSchedule:
-    """Decides after every step whether the next one is measured.
+    """Decides after every step whether the next one is measured: the first one, and then by what is asked for.
 
     Args:
-        every: measure at least every so many steps; None: only when asked to.
-        overhead: share of the running time that measuring may take; None: no limit. What quiet phases leave of it is
-            there for catapults, which want many measurements at once.
-        share: of the steps' time that the measurements a policy asks for may take where batches differ, counted by
-            `measurement_cost` so that a run measures on the same steps anywhere; inf: no limit.
+        options: `every`, the interval at which every run is measured, and `overhead`, the share of the running time that
+            measuring may take. What quiet phases leave of it is there for catapults, which want many measurements.
         group: the processes that train together: all decide alike.
     """
 
-    def __init__(self, *, every: int | None, overhead: float | None, share: float, group: Group) -> None:
-        self._every, self._overhead, self._share, self._group = every, overhead, share, group
+    def __init__(self, options: MeasuringOptions, group: Group) -> None:
+        self._every, self._overhead, self._group = options.every, options.overhead, group
         self._state = _State()
         self._seconds = 0.0  # spent measuring in this process
         self.clock = Clock()
 
     def account(self, seen: Observation) -> dict[str, float]:
         """Charge what observing a step took; gives, for the log, the seconds since the last measured step."""
-        self._state.spent += measurement_cost(seen.matvecs) if seen.matvecs else 0.0
         self._seconds += seen.seconds
         return {} if seen.critical is None else {"elapsed": self.clock.lap()}
 
-    def ask(self, seen: Observation, measure_in: int, *, alarm: bool) -> None:
-        """The policy, in the step observed, wants the next measurement in so many steps.
+    def ask(self, step: int, measure_in: int) -> None:
+        """The policy, at this step, wants the next measurement in so many steps."""
+        self._state.due = step + measure_in
 
-        A measurement already planned earlier stays: the intervals of a new phase do not push it out.
-        """
-        s, due = self._state, seen.step + measure_in
-        s.due = due if seen.critical is not None else min(s.due or due, due)
-        s.alarm = alarm
-        if seen.step == 1 and self._every is None:
-            s.due = 2  # is it the same batch again?
-
-    def next_is_measured(self, step: int, repeated: bool) -> bool:
-        """Is the step after this one to be measured? The first step of a training always is."""
-        s, upcoming = self._state, step + 1
-        wanted = s.due is not None and upcoming >= s.due and (repeated or self._allows(upcoming))
-        wanted = wanted or (self._every is not None and step % self._every == 0)
+    def next_is_measured(self, step: int) -> bool:
+        """Is the step after this one to be measured?"""
+        due = self._state.due
+        wanted = (0 < due <= step + 1) or (self._every is not None and step % self._every == 0)
         return step == 0 or (wanted and self._affordable)
 
     def state_dict(self) -> dict[str, Any]:
@@ -113,9 +81,6 @@ class MeasurementSchedule:
     def take(self, state: FieldsState) -> None:
         assert isinstance(state, _State)
         self._state = state
-
-    def _allows(self, step: int) -> bool:
-        return self._state.spent <= self._share * step + _ADVANCE + self._state.alarm * _ALARM
 
     @property
     def _affordable(self) -> bool:
