@@ -177,6 +177,7 @@ class Controller:
         self.recorder.take(state.counter)
         self._machine.take(state.policy)
         self.memory.take_buffers(state.buffers)
+        self.observer.expect_moving(state.buffers)
         self.observer.measure_next(self.schedule.next_is_measured(self.observer.step))
 
 

@@ -81,8 +81,6 @@ class Memory:
             return
         for p in params:
             _blend(self._state[p][AVERAGE], p, weight)
-        for name in self._buffers.keys() - buffers.keys():
-            del self._buffers[name]
         for name, b in buffers.items():
             if name in self._buffers:
                 _blend(self._buffers[name], b, weight)

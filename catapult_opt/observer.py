@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +53,6 @@ class Observation:
     critical: CriticalLR | None
     # The vector to start the next measurement from; None where there is none.
     vector: Vector | None
-    # Curvature products that count against the budget: 0 for a first measurement, which is needed in any case.
-    matvecs: int
     # Seconds spent measuring.
     seconds: float
     # Steps to average over: 1 where the batch is the same every step.
@@ -212,13 +210,16 @@ class Observer:
         vector: Vector | None = None
         events: list[Event] = []
         cold, measuring = not state.measured, self._capture.armed
-        batch_size = self._size_of(calls) if measuring and state.batch_size is None else state.batch_size
+        batch_size = state.batch_size
+        if measuring and batch_size is None:
+            sizes = [f.batch_size or 0 for call in calls for f in call.forwards]
+            batch_size = int(self.group.sum(sum(sizes))) or None
         begin(state.step, batch_size)
         if measuring:
             repeated, batch = self._repetition(calls)
             if (loss is not None and math.isfinite(loss)) or cold:
                 found, vector = self._measure(calls, start, update, events)
-            self._moving = self._moved_by(calls)
+            self._moving = _moved_by(calls, self.model)
             state.batch_size, state.repeated, state.batch = batch_size, repeated, batch
             self.last = found or self.last
         state.step += 1
@@ -228,7 +229,6 @@ class Observer:
             unread_loss=None if reading else unread,
             critical=found,
             vector=vector,
-            matvecs=0 if cold or found is None else found.matvecs,
             seconds=time.perf_counter() - begun if measuring else 0.0,
             window=1 if state.repeated else MINI_BATCH_WINDOW,
             minibatch_factor=1.0 if state.repeated else update.minibatch_factor,
@@ -238,6 +238,10 @@ class Observer:
     def buffers(self) -> dict[str, Tensor]:
         """The model's buffers that forward passes change, such as BatchNorm's running statistics, by name."""
         return {name: b for name, b in self.model.named_buffers() if name in self._moving}
+
+    def expect_moving(self, names: Iterable[str]) -> None:
+        """Take these buffers for those that forward passes change, until the next measured step shows it."""
+        self._moving = set(names)
 
     def parameter_names(self, params: Sequence[Tensor]) -> list[str]:
         """The name of each parameter in the model, as it was before it was compiled; "" where it has none."""
@@ -333,10 +337,6 @@ class Observer:
         events.append(("measurement_failed", {"reason": reason}))
         return None, None
 
-    def _size_of(self, calls: Sequence[LossCall]) -> int | None:
-        sizes = [f.batch_size for call in calls for f in call.forwards]
-        return int(self.group.sum(sum(s for s in sizes if s is not None))) or None
-
     def _check_params(self) -> None:
         try:
             check_model(self.model, self.params)
@@ -344,17 +344,6 @@ class Observer:
             raise RuntimeError(
                 f"{error}. If it was replaced after the optimizer was made, make the optimizer anew"
             ) from None
-
-    def _moved_by(self, calls: Sequence[LossCall]) -> set[str]:
-        """Names of the buffers that these calls' forward passes changed."""
-        moved = {(id(b.module), b.name) for call in calls for f in call.forwards for b in f.buffers}
-        modules = self.model.named_modules()
-        places = ((path, id(m), name) for path, m in modules for name, _ in m.named_buffers(recurse=False))
-        return {
-            f"{path}.{name}" if path else name
-            for path, module, name in places
-            if (module, name) in moved or name in _RUNNING_STATISTICS
-        }
 
     def _repetition(self, calls: Sequence[LossCall]) -> tuple[bool, str]:
         """Is this batch the same as the last one measured? Then nothing has to be averaged. And its fingerprint."""
@@ -365,6 +354,18 @@ class Observer:
         if found is None:
             return state.repeated, state.batch
         return (f"{found}" == state.batch if state.batch else state.repeated), f"{found}"
+
+
+def _moved_by(calls: Sequence[LossCall], model: nn.Module) -> set[str]:
+    """Names of the model's buffers that these calls' forward passes changed."""
+    moved = {(id(b.module), b.name) for call in calls for f in call.forwards for b in f.buffers}
+    modules = model.named_modules()
+    places = ((path, id(m), name) for path, m in modules for name, _ in m.named_buffers(recurse=False))
+    return {
+        f"{path}.{name}" if path else name
+        for path, module, name in places
+        if (module, name) in moved or name in _RUNNING_STATISTICS
+    }
 
 
 def params_of(optimizer: Optimizer) -> list[Tensor]:

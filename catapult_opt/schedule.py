@@ -45,8 +45,8 @@ class MeasurementSchedule:
     """Decides after every step whether the next one is measured: the first one, and then by what is asked for.
 
     Args:
-        options: `every`, the interval at which every run is measured, and `overhead`, the share of the running time that
-            measuring may take. What quiet phases leave of it is there for catapults, which want many measurements.
+        options: `every`, the interval at which every run is measured, and `overhead`, the share of the running time
+            that measuring may take. What quiet phases leave of it is there for catapults, which want many.
         group: the processes that train together: all decide alike.
     """
 
