@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .controller import Controller, ControllerState
 from .memory import check_entries
+from .observer import parameter_names
 from .state import parse
 
 # The controller's state but for its tensors, as a JSON string in every group: it survives every kind of checkpoint.
@@ -36,7 +37,7 @@ def checked(
     text = groups[0].get(STATE) if groups else ""
     document = parse(text) if text != "" else {}
     state = controller.parse({"buffers": former or {}, **document}) if document else None
-    names = controller.observer.parameter_names(params)
+    names = parameter_names(controller.observer.model, params)
     groups = _in_order(groups, document.get("parameters"), names)
     entries = dict(state_dict.get("state", {}))
     keys = [key for group in groups for key in group["params"]]

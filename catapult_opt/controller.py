@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .memory import Memory, parse_buffers
-from .observer import ACTING, Observer
+from .observer import ACTING, Observer, parameter_names
 from .options import MeasuringOptions
 from .policy import Catapulter, CatapultPolicy, Decision
 from .recorder import Recorder
@@ -147,7 +147,7 @@ class Controller:
         """
         return {
             "version": VERSION,
-            "parameters": self.observer.parameter_names(params),
+            "parameters": parameter_names(self.observer.model, params),
             "observer": self.observer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "counter": self.recorder.state_dict(),

@@ -19,7 +19,7 @@ from .capture import Capture
 from .catapults import Event
 from .criterion import as_module
 from .curvature.engines import ENGINES, FINITE_DIFFERENCE, StepSize
-from .distributed import group_of, reshard, unwrapped
+from .distributed import Group, group_of, reshard, unwrapped
 from .link import LossCall
 from .measure import GRAM, CriticalLR, MeasurementError, MeasurementWarning, choose_engine, measure, trainable
 from .options import MeasuringOptions
@@ -216,7 +216,7 @@ class Observer:
             batch_size = int(self.group.sum(sum(sizes))) or None
         begin(state.step, batch_size)
         if measuring:
-            repeated, batch = self._repetition(calls)
+            repeated, batch = _repetition(calls, self.group, state)
             if (loss is not None and math.isfinite(loss)) or cold:
                 found, vector = self._measure(calls, start, update, events)
             self._moving = _moved_by(calls, self.model)
@@ -242,11 +242,6 @@ class Observer:
     def expect_moving(self, names: Iterable[str]) -> None:
         """Take these buffers for those that forward passes change, until the next measured step shows it."""
         self._moving = set(names)
-
-    def parameter_names(self, params: Sequence[Tensor]) -> list[str]:
-        """The name of each parameter in the model, as it was before it was compiled; "" where it has none."""
-        names = {id(p): name.replace("_orig_mod.", "") for name, p in self.model.named_parameters()}
-        return [names.get(id(p), "") for p in params]
 
     def detach(self) -> None:
         """Remove the hooks from model and criterion."""
@@ -345,15 +340,22 @@ class Observer:
                 f"{error}. If it was replaced after the optimizer was made, make the optimizer anew"
             ) from None
 
-    def _repetition(self, calls: Sequence[LossCall]) -> tuple[bool, str]:
-        """Is this batch the same as the last one measured? Then nothing has to be averaged. And its fingerprint."""
-        state, found = self._state, batch_hash(calls)
-        if self.group.size > 1:  # the same on all: one number of all parts (a rank without data has none)
-            parts = self.group.sum(math.nan if found is None and calls else (found or 0) % 2**40)
-            found = None if math.isnan(parts) else int(parts)
-        if found is None:
-            return state.repeated, state.batch
-        return (f"{found}" == state.batch if state.batch else state.repeated), f"{found}"
+
+def parameter_names(model: nn.Module, params: Sequence[Tensor]) -> list[str]:
+    """The name of each parameter in the model, as it was before it was compiled; "" where it has none."""
+    names = {id(p): name.replace("_orig_mod.", "") for name, p in model.named_parameters()}
+    return [names.get(id(p), "") for p in params]
+
+
+def _repetition(calls: Sequence[LossCall], group: Group, state: _State) -> tuple[bool, str]:
+    """Is this batch the same as the last one measured? Then nothing has to be averaged. And its fingerprint."""
+    found = batch_hash(calls)
+    if group.size > 1:  # the same on all: one number of all parts (a rank without data has none)
+        parts = group.sum(math.nan if found is None and calls else (found or 0) % 2**40)
+        found = None if math.isnan(parts) else int(parts)
+    if found is None:
+        return state.repeated, state.batch
+    return (f"{found}" == state.batch if state.batch else state.repeated), f"{found}"
 
 
 def _moved_by(calls: Sequence[LossCall], model: nn.Module) -> set[str]:

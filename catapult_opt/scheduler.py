@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from .controller import Controller
 from .grad_scaler import LossScaler
 from .memory import AVERAGE, VECTOR, check_entries
+from .observer import parameter_names
 from .optimizer import CatapultSGD
 from .options import MeasuringOptions
 from .policy import CatapultPolicy, Decision
@@ -154,7 +155,7 @@ class CatapultLR(StepHook):
             raise ValueError(f"state_dict must be what CatapultLR.state_dict() gave, got {type(state_dict).__name__}")
         state = self._controller.parse(state_dict)
         params = self._observer.params
-        names = self._observer.parameter_names(params)
+        names = parameter_names(self._observer.model, params)
         saved = state_dict.get("parameters")
         order = saved if isinstance(saved, list) and any(name in saved for name in names) else names
         entries: list[dict[str, Any]] = [{} for _ in params]
