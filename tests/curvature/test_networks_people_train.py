@@ -561,10 +561,7 @@ def test_compiled_by_inductor(passed: str, dynamo: Any) -> None:
     except Exception as error:
         pytest.skip(f"inductor does not work here: {type(error).__name__}")
     if passed == "compiled":
-        run.optimizer.zero_grad()
-        run.monitor._observer._capture.clear()
-        del loss
-        run.check(2)
+        Run(build, wrap=torch.compile, monitored=pick).check(2)
     else:
         loss.backward()
         with pytest.raises(RuntimeError, match="pass the compiled module as model="):
