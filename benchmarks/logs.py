@@ -1,8 +1,8 @@
-"""What `catapult-opt report` and `plot` cost on large logs: seconds and peak memory of each command as a process of its own.
+"""What `catapult-opt report` and `plot` cost on large logs: seconds and peak memory, each command in its own process.
 
-The logs are written first, as `CatapultMonitor` writes them: a million steps measured every 50th time, a million measured
-every time, 500 runs of a thousand steps, runs with every other step above the critical rate, a metric after every step,
-and a run resumed 20,000 times.
+The logs are written first, as `CatapultMonitor` writes them: a million steps measured every 50th time, a million
+measured every time, some with every other step above the critical rate, a metric and an event after every step, a run
+resumed 20,000 times, and 500 runs of a thousand steps.
 
     python benchmarks/logs.py            # in a temporary folder of 0.7 GB: about 3 minutes
     python benchmarks/logs.py --quick    # a hundredth of the sizes
@@ -33,7 +33,12 @@ HEADER = {"kind": "header", "format": "catapult_opt-run", "version": 1, "name": 
 
 def step(t: int, measured: bool, above: bool = False) -> dict[str, Any]:
     """A step record with numbers of full length."""
-    record: dict[str, Any] = {"kind": "step", "step": t, "loss": 1.2345678901234567 / t, "effective_lr": 0.1234567890123}
+    record: dict[str, Any] = {
+        "kind": "step",
+        "step": t,
+        "loss": 1.2345678901234567 / t,
+        "effective_lr": 0.1234567890123,
+    }
     if not measured:
         return {**record, "age": 3}
     record |= {"eta_crit": 0.2345678901234567, "lambda_max": 8.123456789012345, "residual": 0.012345678901234567}
