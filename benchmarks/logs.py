@@ -1,8 +1,8 @@
-"""What `catapult-opt report` and `plot` cost on large logs: seconds and peak memory of each command, run on its own.
+"""What `catapult-opt report` and `plot` cost on large logs: seconds and peak memory, each command in its own process.
 
-The logs are written first, as `CatapultMonitor` writes them: a million steps measured every 50th time, a million measured
-every time, 500 runs of a thousand steps, runs with every other step above the critical rate, a metric after every step,
-and a run resumed 20,000 times.
+The logs are written first, as `CatapultMonitor` writes them: a million steps measured every 50th time, a million
+measured every time, some with every other step above the critical rate, a metric and an event after every step, a run
+resumed 20,000 times, and 500 runs of a thousand steps.
 
     python benchmarks/logs.py            # in a temporary folder of 0.7 GB: about 3 minutes
     python benchmarks/logs.py --quick    # a hundredth of the sizes

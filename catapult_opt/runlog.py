@@ -186,7 +186,7 @@ class RunLogWriter:
         try:
             state = os.fstat(self._file.fileno())
             line = self._lost(self._file, state) + line
-            self._size = state.st_size + len(line)
+            self._size += len(line)
             while line:  # one write, unless the disk takes only a part: then the next one says why
                 line = line[self._file.write(line) or 0 :]
         except OSError as error:
@@ -198,7 +198,7 @@ class RunLogWriter:
             raise FileNotFoundError(errno.ENOENT, "the file was deleted")
         if not self._is_in_place(state):
             self._notice("moved", "was moved or replaced: its records still go into the file that was opened first")
-        lost = self._size - state.st_size
+        lost, self._size = self._size - state.st_size, state.st_size
         if lost <= 0 or not stat.S_ISREG(state.st_mode):
             return b""
         file.seek(0)
@@ -208,7 +208,7 @@ class RunLogWriter:
         lead = b""
         if len(start) < len(self._header):
             file.truncate(0)
-            state = os.fstat(file.fileno())
+            self._size = 0
             lead = self._header
         else:
             file.seek(-1, os.SEEK_END)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
@@ -36,6 +36,7 @@ from catapult_opt import CatapultMonitor, critical_lr, read_log
 from catapult_opt.analysis import tasks
 from catapult_opt.analysis.agop import agop, alignment
 from catapult_opt.analysis.networks import ntk_mlp
+from catapult_opt.progress import BarsOrLines
 from catapult_opt.report import RunSummary, render, summarize, to_csv
 from catapult_opt.runlog import RunLog
 
@@ -136,7 +137,7 @@ def train_all(runs: list[Run], workers: int, console: Console) -> None:
     queue = context.Queue()
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn()
     with (
-        Progress(*columns, console=console) as progress,
+        BarsOrLines(*columns, console=console) as progress,
         ProcessPoolExecutor(workers, context, _start_worker, (queue,)) as pool,
     ):
         bars = {run.name: progress.add_task(run.name, start=False, total=1.0, state="waiting") for run in runs}
@@ -162,7 +163,7 @@ def train_all(runs: list[Run], workers: int, console: Console) -> None:
 
 
 def _show(
-    progress: Progress, bars: dict[str, TaskID], name: str, step: int, train_loss: float, val_loss: float
+    progress: BarsOrLines, bars: dict[str, TaskID], name: str, step: int, train_loss: float, val_loss: float
 ) -> None:
     # The run ends at TARGET_LOSS, so that is what the bar measures: orders of magnitude from 1.
     done = math.log(max(min(train_loss, 1.0), TARGET_LOSS)) / math.log(TARGET_LOSS)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
@@ -33,6 +33,7 @@ from catapult_opt import CatapultMonitor, CatapultSGD, read_log
 from catapult_opt.analysis import tasks
 from catapult_opt.analysis.agop import agop, alignment
 from catapult_opt.analysis.networks import ntk_mlp
+from catapult_opt.progress import BarsOrLines
 from catapult_opt.report import render, summarize
 from catapult_opt.runlog import RunLog
 
@@ -113,7 +114,7 @@ def _alignment(model: nn.Module, task: tasks.RegressionTask) -> float:
 def train_all(setting: Setting, seed: int, out: Path, console: Console) -> dict[str, RunLog]:
     columns = TextColumn("{task.description:>11}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn()
     paths = {name: out / f"{name}.jsonl" for name in CONTENDERS}
-    with Progress(*columns, console=console) as progress:
+    with BarsOrLines(*columns, console=console) as progress:
         bars = {name: progress.add_task(name, start=False, total=setting.steps, state="waiting") for name in CONTENDERS}
         for name, bar in bars.items():
             paths[name].unlink(missing_ok=True)  # a run log is never written over
@@ -123,7 +124,7 @@ def train_all(setting: Setting, seed: int, out: Path, console: Console) -> dict[
     return {name: read_log(path) for name, path in paths.items()}
 
 
-def _tick(progress: Progress, bar: TaskID, state: str) -> None:
+def _tick(progress: BarsOrLines, bar: TaskID, state: str) -> None:
     progress.update(bar, advance=EVALUATE_EVERY, state=state)
 
 
