@@ -216,10 +216,10 @@ class GeN(Driver):
 
         self._steps += 1
         if self._steps % self._every == 0:
+            setup = self._setup
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # three points leave no covariance, and scipy says so each time
                 lr_parabola(
-                self.model, self.optimizer, self._setup.criterion, tr_iter=self._setup.batches, device="cpu",
-                task="image_cls",
-            )  # fmt: skip
+                    self.model, self.optimizer, setup.criterion, tr_iter=setup.batches, device="cpu", task="image_cls"
+                )
         super().step(loss, x, y)

@@ -8,9 +8,9 @@ loss is back, or patience is out) a copy of the weights at its start is trained 
 steps, at 0.8 eta_crit. The gain is log(validation loss of the copy / validation loss after the catapult): above 0 it
 paid. At once it is unfair to the catapult, whose training loss has just come back to where it was, while that of the
 copy has gone on falling; so the gain that counts is taken after both have trained on for --later steps at 0.8 eta_crit.
-Then the rank correlations of that gain with all that could be seen: by task, and over all tasks of the ranks within each
-task (tasks differ in everything), also with the catapult's number in its training taken out, as early ones differ from
-late ones in everything, too. Bootstrap intervals; those over all tasks draw whole trainings.
+Then the rank correlations of that gain with all that could be seen: by task, and over all tasks of the ranks within
+each task (tasks differ in everything), also with the catapult's number in its training taken out, as early ones differ
+from late ones in everything, too. Bootstrap intervals; those over all tasks draw whole trainings.
 
 Found with the controller of version 0.1.0, whose catapults were counted from the arming on, seeds 0 to 2 (153
 catapults in 15 trainings; 18 more were undone), and not repeated with a later one. At once they gain

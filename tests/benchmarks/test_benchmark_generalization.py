@@ -181,12 +181,11 @@ def _critical(model: nn.Module, loss_of: nn.Module, x: torch.Tensor, y: torch.Te
 
 
 def test_capped_control_never_goes_above_critical_where_the_controller_does() -> None:
-    task = dataclasses.replace(TASK, steps=40, width=24)
+    task = dataclasses.replace(TASK, steps=160, width=16)
     rates = applied_rates("capped", task)
     assert all(rate <= (BELOW + 0.01) * critical for rate, critical, _ in rates)
     assert any(rate >= (BELOW - 0.02) * critical for rate, critical, _ in rates)  # it is the cap that binds
-    ours = applied_rates("catapult", dataclasses.replace(task, steps=12))
-    assert any(rate > 1.5 * critical for rate, critical, _ in ours)
+    assert any(rate > 1.02 * critical for rate, critical, _ in applied_rates("catapult", task))
 
 
 def test_capped_control_without_its_cap_is_catapult_sgd(monkeypatch: pytest.MonkeyPatch) -> None:
