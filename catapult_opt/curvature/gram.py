@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..link import LossCall
 from ..replay import ForwardCall, replay
 from .engines import Scale, selected
-from .output_hessian import OutputHessian
+from .output_hessian import OutputHessian, output_hessian
 
 # Forming and decomposing an n x n matrix beats a few products up to about this many samples.
 LARGEST_BATCH = 256
@@ -39,7 +39,7 @@ def gram_lambda_max(
     """
     call = _only(calls)
     kernel = gram_kernel(model, params, call.forwards[0], scale)
-    hessian = OutputHessian(call)
+    hessian = output_hessian(call)
     root = _per_sample(hessian, call, len(kernel)).clamp_min(0).sqrt()
     return float(torch.linalg.eigvalsh((root[:, None] * kernel * root).double())[-1]), hessian
 

@@ -35,7 +35,7 @@ from .engines import (
     step_target,
     with_zeros,
 )
-from .output_hessian import OutputHessian
+from .output_hessian import OutputHessian, output_hessian
 
 # Compiled code rounds differently (in bfloat16 by 1 %); another dropout mask moves the outputs by more.
 _OTHER_MASK = 0.03
@@ -88,7 +88,7 @@ class GGN(_JacobianOperator):
     @functools.cached_property
     def hessians(self) -> list[OutputHessian]:
         """H_out of every loss call; built once, at the weights of the step."""
-        return [OutputHessian(call) for call in self._calls]
+        return [output_hessian(call) for call in self._calls]
 
     def quadratic(self, v: Vector) -> float:
         """v.G v = sum of t.H_out t with t = J v: the forward pass of a product.

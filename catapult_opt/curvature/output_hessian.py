@@ -1,8 +1,9 @@
-"""The Hessian of a criterion with respect to its inputs, through autograd."""
+"""The Hessian of a criterion with respect to its inputs: in closed form where it is known, else through autograd."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,13 +11,32 @@ from torch import Tensor
 from ..link import LossCall
 from ..replay import precise
 from ..trees import map_tensors
+from .closed_forms import closed_form
 
 
-class OutputHessian:
+class OutputHessian(Protocol):
     """Products with weight * d^2 loss / dz^2 at the criterion inputs z of one loss call.
 
-    Exact for any twice differentiable criterion; the reduction (mean or sum) is the criterion's own and is contained.
+    The reduction (mean or sum) is the criterion's own and is contained.
     """
+
+    def __call__(self, tangents: Sequence[Tensor]) -> list[Tensor]:
+        """H t, one tensor per criterion input."""
+
+    def curved(self) -> bool:
+        """Is there any second derivative at these inputs?"""
+
+    def as_multiple_of_identity(self) -> float | None:
+        """h if H = h I (a squared error; h = 2/N for a mean over N elements), else None."""
+
+
+def output_hessian(call: LossCall) -> OutputHessian:
+    """Of one loss call, at the outputs of the step. Only inside `preserved`."""
+    return closed_form(call) or AutogradHessian(call)
+
+
+class AutogradHessian:
+    """Exact for any twice differentiable criterion, by differentiating its gradient. Keeps the criterion's graph."""
 
     def __init__(self, call: LossCall) -> None:
         assert call.criterion is not None and call.weight is not None
