@@ -1,8 +1,8 @@
 """When to go above the edge: the rule of the controller, in plain numbers (no torch).
 
-The edge is the critical rate eta_crit = 2 / lambda_max. With a squared error the rate creeps across it from below, and
-stays while the loss rises (a catapult, which lowers the curvature and so raises the edge), and goes below the edge until the
-loss is back where it was. With any other loss the rate stays just below the edge. The weights of calm steps enter an
+The edge is the critical rate eta_crit = 2 / lambda_max. With a squared error the rate creeps across it, stays
+while the loss rises (a catapult, which lowers the curvature and so raises the edge), and goes below it until the loss
+is back. With any other loss the rate stays just below the edge. The weights of calm steps enter an
 average, which never lies in a catapult: it is what should be evaluated, and what a blow-up is undone to.
 
 | phase | the rate | the average | left when |
@@ -41,7 +41,7 @@ _SLOWER = 5.0
 # The rate is at most so many edges: above 12 / lambda no catapult of a ReLU network comes back (Lewkowycz et al. 2020).
 _MOST_EDGES = 6.0
 # After a catapult the rate is this part of the one that began it, or of so many edges if that is less.
-_RESUME, _RESUME_EDGES = 0.9, 2.0
+_RESUME, _RESUME_EDGES = 0.7, 2.0
 # A spike that raised the edge by less than this factor was too low: the next may be so much higher, up to this height.
 _GAIN, _HIGHER, _HIGHEST = 1.2, 4.0, 1000.0
 # Steps, or windows, after which a catapult that does not come back is given up.
@@ -83,7 +83,7 @@ class CatapultPolicy:
     total_steps: int | None = None  # The length of the training, if it is known.
     measure_share: float = 0.05  # Measuring may take this share of the steps' time on mini-batches.
     catapults: bool | None = None  # The rate may cross the edge; None allows it for squared errors alone.
-    start: float = 0.05  # The first rate is this part of the edge.
+    start: float = 0.1  # The first rate is this part of the edge.
     climb: float = 0.05  # Below `near` edges the rate rises by this part of itself a step.
     near: float = 0.5  # From this part of the edge on, the rate creeps.
     creep: float = 0.02  # Creeping, the rate rises by this part of itself a step (a fifth of it on mini-batches).
@@ -174,7 +174,7 @@ class Catapulter:
     Example:
         >>> machine = Catapulter(CatapultPolicy())
         >>> machine.update(step=1, loss=1.0, eta_crit=0.5).rate
-        0.0263
+        0.0525
     """
 
     def __init__(self, policy: CatapultPolicy) -> None:
@@ -337,8 +337,8 @@ class Catapulter:
     def _lost(self, loss: float, window: int) -> bool:
         """Is this loss beyond recovery: far above any spike, or given up above where the training began?
 
-        A calm training below the edge does not blow up: somebody put other weights in. Nor do weights just put back: their
-        losses are so high. In both the losses begin anew.
+        A calm training below the edge does not blow up: somebody put other weights in. Nor do weights just put back:
+        such is their loss. In both cases the losses begin anew.
         """
         s = self._state
         highest = _FATAL * self._highest()

@@ -173,7 +173,7 @@ def test_other_weights_put_in_below_the_edge_are_not_undone() -> None:
 def test_a_first_batch_without_curvature_makes_a_small_step_and_the_next_edge_counts() -> None:
     rates = [d.rate for d in run([1.0, 0.9, 0.8, 0.7], [math.inf, None, 8.0, None])]
     assert rates[:2] == [1e-3, 1e-3]
-    assert rates[2] == pytest.approx(0.05 * 1.05 * 8.0)
+    assert rates[2] == pytest.approx(0.1 * 1.05 * 8.0)
 
 
 def test_the_first_two_measurements_are_believed_a_later_one_moves_the_edge_tenfold_at_most() -> None:
