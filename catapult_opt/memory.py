@@ -103,7 +103,7 @@ class Memory:
         for name, b in model.named_buffers():
             if name in self._buffers:
                 b.copy_(self._buffers[name])
-        reshard(model)  # gathered weights are those of before
+        _forget_copies(model)
 
     @contextmanager
     def averaged(self, params: Sequence[Tensor], model: nn.Module) -> Iterator[None]:
@@ -120,7 +120,7 @@ class Memory:
             with torch.no_grad():
                 for tensor, value in kept:
                     tensor.copy_(value)
-            reshard(model)
+            _forget_copies(model)
 
     def _vector_of(self, p: Tensor) -> Tensor:
         state = self._state[p]
@@ -192,6 +192,12 @@ def _check_finite(what: str, tensor: Tensor) -> None:
     part = local(tensor)
     if not part.is_meta and part.is_floating_point() and not bool(torch.isfinite(part).all()):
         raise ValueError(f"state_dict: {what} is not finite")
+
+
+def _forget_copies(model: nn.Module) -> None:
+    """What was made of the weights before: gathered ones under fully_shard, cast ones inside an autocast."""
+    reshard(model)
+    torch.clear_autocast_cache()
 
 
 def _blend(average: Tensor, present: Tensor, weight: float) -> None:

@@ -1,8 +1,8 @@
 """When to go above the edge: the rule of the controller, in plain numbers (no torch).
 
-The edge is the critical rate eta_crit = 2 / lambda_max. With a squared error, the rate creeps across it from below, stays
-while the loss rises (a catapult, which lowers the curvature and so raises the edge), and goes below the edge until the
-loss is back where it was. With any other loss the rate stays just below the edge. The weights of calm steps enter an
+The edge is the critical rate eta_crit = 2 / lambda_max. With a squared error the rate creeps across it, stays
+while the loss rises (a catapult, which lowers the curvature and so raises the edge), and goes below it until the loss
+is back. With any other loss the rate stays just below the edge. The weights of calm steps enter an
 average, which never lies in a catapult: it is what should be evaluated, and what a blow-up is undone to.
 
 | phase | the rate | the average | left when |
@@ -42,7 +42,7 @@ _SLOWER = 5.0
 # The rate is at most so many edges: above 12 / lambda no catapult of a ReLU network comes back (Lewkowycz et al. 2020).
 _MOST_EDGES = 6.0
 # After a catapult the rate is this part of the one that began it, or of so many edges if that is less.
-_RESUME, _RESUME_EDGES = 0.9, 2.0
+_RESUME, _RESUME_EDGES = 0.7, 2.0
 # A spike that raised the edge by less than this factor was too low: the next may be so much higher, up to this height.
 _GAIN, _HIGHER, _HIGHEST = 1.2, 4.0, 1000.0
 # Steps, or windows, after which a catapult that does not come back is given up.
@@ -53,8 +53,8 @@ _TOO_NEAR, _CUT = 1.1, 0.5
 _FATAL = 1000.0
 # A blow-up in a catapult, or within so few steps after another one, halves the rate, down to this part of the edge.
 _SOON, _BLAME, _BLAMELESS = 3, 0.5, 0.1
-# What a measurement costs and how much may be spent ahead, in training steps; its share where the batch repeats.
-_MEASUREMENT, _AHEAD, _SHARE_REPEATED = 5.0, 5.0, 0.15
+# What a measurement costs, in training steps; how many may be made ahead; their share where the batch repeats.
+_MEASUREMENT, _AHEAD, _SHARE_REPEATED = 5.0, 1, 0.15
 # The user is told of a rate that has been below this part of the edge for so many steps.
 _HELD, _HELD_STEPS = 0.1, 500
 
@@ -87,7 +87,7 @@ class CatapultPolicy:
     total_steps: int | None = None  # The length of the training, if it is known.
     measure_share: float = 0.05  # Measuring may take this share of the steps' time on mini-batches.
     catapults: bool | None = None  # The rate may cross the edge; None allows it for squared errors alone.
-    start: float = 0.05  # The first rate is this part of the edge.
+    start: float = 0.1  # The first rate is this part of the edge.
     climb: float = 0.05  # Below `near` edges the rate rises by this part of itself a step.
     near: float = 0.5  # From this part of the edge on, the rate creeps.
     creep: float = 0.02  # Creeping, the rate rises by this part of itself a step (a fifth of it on mini-batches).
@@ -107,23 +107,30 @@ class CatapultPolicy:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in ("measure_share", "start", "near", "reach", "below", "cooldown"):
-            _check(name, getattr(self, name), at_most=1.0)
-        for name in ("climb", "creep", "rise", "height"):
-            _check(name, getattr(self, name))
+        for name in (
+            "measure_share",
+            "start",
+            "climb",
+            "near",
+            "creep",
+            "reach",
+            "rise",
+            "height",
+            "below",
+            "cooldown",
+        ):
+            most = math.inf if name in ("climb", "creep", "rise", "height") else 1.0
+            if not (_is_number(value := getattr(self, name)) and 0 < value <= most):
+                limit = "" if math.isinf(most) else f" and at most {most:g}"
+                raise ValueError(f"{name} must be a finite number above 0{limit}, got {value!r}")
         for name in ("hold", "horizon", *(() if self.total_steps is None else ("total_steps",))):
             check_whole_number(name, getattr(self, name))
         if not (self.catapults is None or isinstance(self.catapults, bool)):
-            raise ValueError(
-                f"catapults must be True, False or None (where the loss is a squared error), got {self.catapults!r}"
-            )
+            raise ValueError(f"catapults must be True, False or None (for squared errors), got {self.catapults!r}")
 
 
-def _check(name: str, value: object, at_most: float = math.inf) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value <= at_most or not math.isfinite(value):  # type: ignore[operator,arg-type]
-        limit = "" if math.isinf(at_most) else f" and at most {at_most:g}"
-        raise ValueError(f"{name} must be a finite number above 0{limit}, got {value!r}")
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ class _State(FieldsState):
     level: float = field_of(0.0)  # of the calm losses
     var: float = field_of(0.0, least=0)  # of the calm losses about the level
     first: float = field_of(0.0)  # loss
-    height: float = field_of(0.0, least=0)  # of the next spike, in falls of the loss; 0 in a new state
+    height: float = field_of(0.0, least=0)  # of the next spike, in falls of the loss
     measured: int = field_of(0, least=0)  # measurements after the first step's
     due: int = field_of(0, least=0)  # step of the next measurement wanted
     held: int = field_of(0, least=0)  # steps in a row with a rate far below the edge
@@ -166,7 +173,7 @@ class Catapulter:
     Example:
         >>> machine = Catapulter(CatapultPolicy())
         >>> machine.update(step=1, loss=1.0, eta_crit=0.5).rate
-        0.0263
+        0.0525
     """
 
     def __init__(self, policy: CatapultPolicy) -> None:
@@ -231,7 +238,10 @@ class Catapulter:
             self._measure(eta_crit, step, window, catapults)
         if not abs(loss) < _LARGEST_LOSS or self._lost(loss, window):
             return self._undo(step, loss, window)
-        self._take(loss, window)
+        s.losses += 1
+        if s.losses == 1:
+            s.mean = s.level = s.first = loss
+        s.mean += (loss - s.mean) / min(s.losses, window)
         phase = s.phase
         if phase == "calm":
             self._calm(loss, window, catapults)
@@ -239,11 +249,10 @@ class Catapulter:
             self._spike(loss, window, catapults)
         elif s.phase == "back":
             self._back(window)
-        if s.phase == "back" != phase:
-            s.due = step + 1
+        brake = s.phase == "back" != phase
+        s.due = step + 1 if brake else s.due
         rate = (self.rate or _BLIND) * self._fall_at_end(step)
         average = max(1 / max(s.since, 1), 1 / self.policy.horizon) if s.phase == "calm" else 0.0
-        brake = s.phase == "back" != phase
         return Decision(rate, s.phase, average, False, brake, self._held_down(), self._measure_in(step, window))
 
     def _measure(self, eta_crit: float, step: int, window: int, catapults: bool) -> None:
@@ -255,8 +264,7 @@ class Catapulter:
         """
         s = self._state
         s.measured += step > 1
-        pace = int(_MEASUREMENT / self._share(window))
-        s.due = step + min(4 * s.since if s.phase == "back" else max(step, window), pace)
+        s.due = step + min(4 * s.since if s.phase == "back" else max(step, window), self._pace(window))
         if not 1 / _LARGEST_LOSS < eta_crit < _LARGEST_LOSS:  # no curvature, or nonsense: the last edge stays
             return
         off = math.log(eta_crit) - s.log_edge
@@ -270,18 +278,10 @@ class Catapulter:
             s.var_log_edge = (1 - weight) * (s.var_log_edge + weight * off * off)
         s.rate = s.rate or self.policy.start * self.eta_crit
 
-    def _take(self, loss: float, window: int) -> None:
-        """Follow the loss by its mean over a window, and in calm steps by its level and spread."""
-        s = self._state
-        s.losses += 1
-        if s.losses == 1:
-            s.mean = s.level = s.first = loss
-        s.mean += (loss - s.mean) / min(s.losses, window)
-
     def _calm(self, loss: float, window: int, catapults: bool) -> None:
         """Climb to near the edge, then creep across it, or stay below; a loss above its level is a spike.
 
-        Crossed slowly, the edge gives gentle catapults and many of them: a peak goes with (rate * lambda - 2)^2. Without
+        Crossed slowly, the edge gives gentle catapults and many: a peak goes with (rate * lambda - 2)^2. Without
         catapults the rate stays where it is until it is above the edge. To track the edge from below is a trap: the
         network sharpens to meet the rate (Cohen et al. 2021), and the rate would follow the edge down.
         """
@@ -333,12 +333,13 @@ class Catapulter:
     def _lost(self, loss: float, window: int) -> bool:
         """Is this loss beyond recovery: far above any spike, or given up above where the training began?
 
-        A calm training below the edge does not blow up: somebody put other weights in. There the losses begin anew.
+        A calm training below the edge does not blow up: somebody put other weights in. Nor do weights just put back:
+        such is their loss. In both cases the losses begin anew.
         """
         s = self._state
         highest = _FATAL * self._highest()
         if s.losses > 1 and loss - s.level > highest > 0:
-            if s.phase == "calm" and s.since > _SOON and s.rate < self.eta_crit:
+            if s.phase == "calm" and (s.since == 1 or (s.since > _SOON and s.rate < self.eta_crit)):
                 s.losses, s.since = 0, 1
                 return False
             return True
@@ -357,7 +358,8 @@ class Catapulter:
         self._enter("calm")
         s.mean, s.due = s.level, step + 1
         events = (("restore", {"loss": loss}), *self._held_down())
-        return Decision(self.rate or _BLIND, s.phase, 0.0, True, True, events, self._measure_in(step, window))
+        rate = (self.rate or _BLIND) * self._fall_at_end(step)
+        return Decision(rate, s.phase, 0.0, True, True, events, self._measure_in(step, window))
 
     def _highest(self) -> float:
         """How far above the level a spike may go: so many times the fall of the loss, or its spread."""
@@ -366,9 +368,6 @@ class Catapulter:
 
     def _patience(self, window: int) -> int:
         return _PATIENCE if window == 1 else _PATIENT_WINDOWS * window
-
-    def _share(self, window: int) -> float:
-        return _SHARE_REPEATED if window == 1 else self.policy.measure_share
 
     def _enter(self, phase: str) -> None:
         self._state.phase, self._state.since = phase, 0
@@ -381,10 +380,14 @@ class Catapulter:
         return min(1.0, max(1, p.total_steps - step + 1) / (p.cooldown * p.total_steps + 1))
 
     def _measure_in(self, step: int, window: int) -> int:
-        """Steps until the measurement that is due, or until it can be afforded; the second step is always measured."""
-        s = self._state
-        affordable = math.ceil((_MEASUREMENT * s.measured - _AHEAD) / self._share(window))
-        return max(1, max(s.due, affordable) - step) if step > 1 else 1
+        """Steps until the measurement that is due, or can be afforded; the second step is always measured."""
+        s, pace = self._state, self._pace(window)
+        affordable = pace * (s.measured - _AHEAD)
+        return 1 if step == 1 else min(max(1, s.due - step, affordable - step), pace)
+
+    def _pace(self, window: int) -> int:
+        """Steps from one measurement to the next that the share allows."""
+        return math.ceil(_MEASUREMENT / (_SHARE_REPEATED if window == 1 else self.policy.measure_share))
 
     def _held_down(self) -> tuple[Event, ...]:
         """Tell, once, where the rate has long been far below the edge, and why."""

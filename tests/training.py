@@ -22,7 +22,7 @@ Batch = tuple[Any, Any]
 Base = Callable[[Any], Optimizer]
 
 # Whatever the policy does it does soon: some tens of steps pass through all of it.
-QUICK = CatapultPolicy(arm_steps=5, hot_steps=3, patience=12)
+QUICK = CatapultPolicy(hold=3)
 BASES: dict[str, Base] = {
     "CatapultLR": lambda params: Adam(params, lr=0.01),
     "CatapultMonitor": lambda params: SGD(params, lr=0.01, momentum=0.5),

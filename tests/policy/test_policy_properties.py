@@ -125,7 +125,7 @@ def test_after_any_trouble_calm_brings_the_rate_back(
     decisions = [calm.next(0.9, eta) for _ in range(3000)]
     assert not any(decision.restore for decision in decisions[-1000:])
     assert decisions[-1].phase == "calm"
-    assert 0.45 * eta <= decisions[-1].rate <= 6.6 * eta
+    assert 0.45 * eta <= decisions[-1].rate <= 7.0 * eta
 
 
 @pytest.mark.parametrize("squared_error", [True, False])
@@ -151,7 +151,7 @@ def test_one_wrong_measurement_is_forgotten(factor: float, at: int, window: int,
         wrong = wrong or here
         decision = training.next(1.0, factor if here else 1.0)
     assert wrong
-    assert 0.45 <= decision.rate <= 6.6
+    assert 0.45 <= decision.rate <= 7.0
 
 
 @settings(max_examples=100, deadline=None)
