@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .controller import Controller, ControllerState
 from .memory import check_entries
-from .observer import parameter_names
+from .parameters import parameter_names
 from .state import parse
 
 # The controller's state but for its tensors, as a JSON string in every group: it survives every kind of checkpoint.

@@ -13,8 +13,8 @@ from torch.optim.optimizer import ParamsT
 
 from .checkpoint import STATE, checked
 from .controller import Controller
-from .observer import check_model, params_of
 from .options import MeasuringOptions
+from .parameters import check_model, params_of
 from .policy import CatapultPolicy
 from .state import parse
 from .step_hook import Face, attend

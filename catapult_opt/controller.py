@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .memory import Memory, parse_buffers
-from .observer import ACTING, Observer, parameter_names
+from .observer import ACTING, Observer
 from .options import MeasuringOptions
+from .parameters import parameter_names
 from .policy import Catapulter, CatapultPolicy, Decision
 from .recorder import Recorder
 from .schedule import MeasurementSchedule

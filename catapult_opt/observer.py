@@ -19,10 +19,11 @@ from .capture import Capture
 from .catapults import Event
 from .criterion import as_module
 from .curvature.engines import ENGINES, FINITE_DIFFERENCE, StepSize
-from .distributed import Group, group_of, reshard, unwrapped
+from .distributed import Group, group_of, unwrapped
 from .link import LossCall
-from .measure import GRAM, CriticalLR, MeasurementError, MeasurementWarning, choose_engine, measure, trainable
+from .measure import GRAM, CriticalLR, MeasurementError, MeasurementWarning, choose_engine, measure
 from .options import MeasuringOptions
+from .parameters import check_model, params_of
 from .repetition import batch_hash
 from .state import FieldsState, field_of, take_over
 from .updates import BaseUpdate
@@ -81,10 +82,11 @@ class _State(FieldsState):
     engine: str = field_of("", choices=("", "hessian", GRAM, *ENGINES))
     # Relative size of a finite-difference step, calibrated by the measurements so far; 0 before the first.
     step_size: float = field_of(0.0, least=0.0, most=1.0)
-    # Was the last measured batch the same as the one measured before it?
+    # Is the batch the same in every step, as far as measured steps tell?
     repeated: bool = field_of(False)
-    # Fingerprint of the last measured batch.
+    # Hash of the last measured batch, "" before there is one, and its step.
     batch: str = field_of("")
+    batch_step: int = field_of(0, least=0)
     # Samples of the first step's batch, over all processes.
     batch_size: int | None = field_of(None, least=1)
     # Was there any measurement yet?
@@ -216,11 +218,12 @@ class Observer:
             batch_size = int(self.group.sum(sum(sizes))) or None
         begin(state.step, batch_size)
         if measuring:
-            repeated, batch = _repetition(calls, self.group, state)
+            seen_again = _repetition(calls, self.group, state)
             if (loss is not None and math.isfinite(loss)) or cold:
                 found, vector = self._measure(calls, start, update, events)
             self._moving = _moved_by(calls, self.model)
-            state.batch_size, state.repeated, state.batch = batch_size, repeated, batch
+            state.batch_size = batch_size
+            state.repeated, state.batch, state.batch_step = seen_again
             self.last = found or self.last
         state.step += 1
         return Observation(
@@ -341,21 +344,21 @@ class Observer:
             ) from None
 
 
-def parameter_names(model: nn.Module, params: Sequence[Tensor]) -> list[str]:
-    """The name of each parameter in the model, as it was before it was compiled; "" where it has none."""
-    names = {id(p): name.replace("_orig_mod.", "") for name, p in model.named_parameters()}
-    return [names.get(id(p), "") for p in params]
+def _repetition(calls: Sequence[LossCall], group: Group, state: _State) -> tuple[bool, str, int]:
+    """Is the batch the same in every step? Then nothing has to be averaged. And this batch's hash and step.
 
-
-def _repetition(calls: Sequence[LossCall], group: Group, state: _State) -> tuple[bool, str]:
-    """Is this batch the same as the last one measured? Then nothing has to be averaged. And its fingerprint."""
-    found = batch_hash(calls)
+    Two steps in a row tell. Where the last measured step lies further back, the same batch may only have come by again,
+    as in the same order of mini-batches every epoch: that confirms a repetition, but does not find one.
+    """
+    found, step = batch_hash(calls), state.step + 1
     if group.size > 1:  # the same on all: one number of all parts (a rank without data has none)
         parts = group.sum(math.nan if found is None and calls else (found or 0) % 2**40)
         found = None if math.isnan(parts) else int(parts)
     if found is None:
-        return state.repeated, state.batch
-    return (f"{found}" == state.batch if state.batch else state.repeated), f"{found}"
+        return state.repeated, state.batch, state.batch_step
+    known = state.repeated or not state.batch or state.batch_step == step - 1
+    same = known and f"{found}" == state.batch
+    return same, f"{found}", step
 
 
 def _moved_by(calls: Sequence[LossCall], model: nn.Module) -> set[str]:
@@ -368,25 +371,6 @@ def _moved_by(calls: Sequence[LossCall], model: nn.Module) -> set[str]:
         for path, module, name in places
         if (module, name) in moved or name in _RUNNING_STATISTICS
     }
-
-
-def params_of(optimizer: Optimizer) -> list[Tensor]:
-    """All parameters of an optimizer, in its order."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def check_model(model: nn.Module, params: Sequence[Tensor]) -> None:
-    """A ValueError unless the model holds all trainable parameters of the optimizer, and there are some."""
-    reshard(model)  # a validation leaves gathered weights in place of the optimizer's
-    known = {id(p) for p in trainable(model)}
-    if not any(p.requires_grad for p in params):
-        raise ValueError("params: none of the parameters requires a gradient")
-    for i, p in enumerate(params):
-        if p.requires_grad and id(p) not in known:
-            raise ValueError(
-                f"params: parameter {i} of shape {tuple(p.shape)} is not a parameter of model "
-                f"({type(model).__name__}): pass the model that holds it"
-            )
 
 
 def _trainable(reference: weakref.ref[Optimizer]) -> list[Tensor]:

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from .controller import Controller
 from .grad_scaler import LossScaler
 from .memory import AVERAGE, VECTOR, check_entries
-from .observer import parameter_names
 from .optimizer import CatapultSGD
 from .options import MeasuringOptions
+from .parameters import parameter_names
 from .policy import CatapultPolicy, Decision
 from .sgd_update import bring_to_rest
 from .step_hook import StepHook, plain_settings

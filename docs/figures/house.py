@@ -23,8 +23,8 @@ FLOORS: list[tuple[str, list[str]]] = [
     ("decide, remember, record", ["policy", "memory", "schedule", "recorder", "report", "plots"]),
     ("what a step saw", ["observer", "options", "repetition", "summary", "sparklines", "logfiles"]),
     ("measure", ["measure", "updates", "curvature", "capture", "link", "catapults"]),
-    ("run again, many processes, log", ["replay", "distributed", "criterion", "grad_scaler", "runlog"]),
-    ("ground", ["vectors", "trees", "state", "checks", "runlog_format", "plain"]),
+    ("run again, many processes, log", ["parameters", "replay", "distributed", "criterion", "grad_scaler", "runlog"]),
+    ("ground", ["vectors", "trees", "state", "checks", "runlog_format", "plain", "progress"]),
 ]
 # Parts of a room that are not drawn as rooms of their own.
 WITH = {

@@ -107,19 +107,28 @@ class Masked(nn.Module):
         return out
 
 
-def windows(batch: Callable[[int], Tensor], tmp_path: Any) -> bool:
+def windows(batch: Callable[[int], Tensor], tmp_path: Any, every: int = 1, steps: int = 6) -> bool:
     """Did a training on these batches see a repetition?"""
     torch.manual_seed(0)
     model, criterion = Masked(), nn.MSELoss()
     path = tmp_path / "run.jsonl"
-    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, every=1, log=path)
-    for t in range(6):
+    optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion, every=every, log=path)
+    for t in range(steps):
         x = batch(t)
         optimizer.zero_grad()
         criterion(model(torch.ones(4), x), x[:, :1] ** 2).backward()
         optimizer.step()
     optimizer.detach()
-    return "eta_crit_mean" not in read_log(path).steps[-1]  # logged where something is averaged
+    return "eta_crit_mean" not in read_log(path).measured[-1]  # logged where something is averaged
+
+
+@pytest.mark.parametrize("period", [2, 3, 5])
+def test_the_same_order_of_mini_batches_every_epoch_is_no_repetition(period: int, tmp_path: Any) -> None:
+    """Measured every so many steps, it is the same batch that is seen each time."""
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(2))
+    assert not windows(lambda t: x[t % period :: period], tmp_path, every=period, steps=4 * period + 1)
+    (tmp_path / "run.jsonl").unlink()
+    assert windows(lambda t: x, tmp_path, every=period, steps=4 * period + 1)
 
 
 def test_a_shuffled_full_batch_repeats_and_mini_batches_beside_a_constant_do_not(tmp_path: Any) -> None:
