@@ -58,6 +58,8 @@ class Observation:
     seconds: float
     # Steps to average over: 1 where the batch is the same every step.
     window: int
+    # Is the loss a squared error, as the last measurement found?
+    squared_error: bool
     # With mini-batch noise, this part of the critical rate is left.
     minibatch_factor: float
     # What happened while measuring, for the log.
@@ -67,11 +69,6 @@ class Observation:
     def eta_crit(self) -> float | None:
         """The critical rate to act on; None where nothing was measured."""
         return None if self.critical is None else self.critical.eta_crit * self.minibatch_factor
-
-    @property
-    def squared_error(self) -> bool:
-        """Was the step measured, and is its loss a squared error?"""
-        return self.critical is not None and self.critical.squared_error
 
 
 @dataclass
@@ -89,8 +86,9 @@ class _State(FieldsState):
     batch_step: int = field_of(0, least=0)
     # Samples of the first step's batch, over all processes.
     batch_size: int | None = field_of(None, least=1)
-    # Was there any measurement yet?
+    # Was there any measurement yet? Did the last one find that the loss is a squared error?
     measured: bool = field_of(False)
+    squared_error: bool = field_of(False)
 
 
 class Observer:
@@ -224,7 +222,8 @@ class Observer:
             self._moving = _moved_by(calls, self.model)
             state.batch_size = batch_size
             state.repeated, state.batch, state.batch_step = seen_again
-            self.last = found or self.last
+            if found is not None:
+                self.last, state.squared_error = found, found.squared_error
         state.step += 1
         return Observation(
             step=state.step,
@@ -234,6 +233,7 @@ class Observer:
             vector=vector,
             seconds=time.perf_counter() - begun if measuring else 0.0,
             window=1 if state.repeated else MINI_BATCH_WINDOW,
+            squared_error=state.squared_error,
             minibatch_factor=1.0 if state.repeated else update.minibatch_factor,
             events=tuple(events),
         )
