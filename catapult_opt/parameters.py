@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .distributed import reshard
+from .measure import trainable
 
 
 def params_of(optimizer: Optimizer) -> list[Tensor]:
@@ -23,8 +24,9 @@ def parameter_names(model: nn.Module, params: Sequence[Tensor]) -> list[str]:
 
 def check_model(model: nn.Module, params: Sequence[Tensor]) -> None:
     """A ValueError unless the model holds all trainable parameters of the optimizer, and there are some."""
-    reshard(model)  # a validation leaves gathered weights in place of the optimizer's
-    known = {id(p) for p in model.parameters() if p.requires_grad}
+    if isinstance(model, nn.Module):
+        reshard(model)  # a validation leaves gathered weights in place of the optimizer's
+    known = {id(p) for p in trainable(model)}
     if not any(p.requires_grad for p in params):
         raise ValueError("params: none of the parameters requires a gradient")
     for i, p in enumerate(params):

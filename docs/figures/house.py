@@ -21,9 +21,9 @@ FLOORS: list[tuple[str, list[str]]] = [
     ("carry a controller, or hook on", ["controlled", "checkpoint", "step_hook"]),
     ("one controlled step", ["controller", "sgd_update"]),
     ("decide, remember, record", ["policy", "memory", "schedule", "recorder", "report", "plots"]),
-    ("what a step saw", ["observer", "options", "repetition", "summary", "sparklines", "logfiles"]),
+    ("what a step saw", ["observer", "options", "parameters", "repetition", "summary", "sparklines", "logfiles"]),
     ("measure", ["measure", "updates", "curvature", "capture", "link", "catapults"]),
-    ("run again, many processes, log", ["parameters", "replay", "distributed", "criterion", "grad_scaler", "runlog"]),
+    ("run again, many processes, log", ["replay", "distributed", "criterion", "grad_scaler", "runlog"]),
     ("ground", ["vectors", "trees", "state", "checks", "runlog_format", "plain", "progress"]),
 ]
 # Parts of a room that are not drawn as rooms of their own.
