@@ -41,7 +41,7 @@ _SLOWER = 5.0
 # The rate is at most so many edges: above 12 / lambda no catapult of a ReLU network comes back (Lewkowycz et al. 2020).
 _MOST_EDGES = 6.0
 # After a catapult the rate is this part of the one that began it, or of so many edges if that is less.
-_RESUME, _RESUME_EDGES = 0.7, 2.0
+_RESUME, _RESUME_EDGES = 0.9, 2.0
 # A spike that raised the edge by less than this factor was too low: the next may be so much higher, up to this height.
 _GAIN, _HIGHER, _HIGHEST = 1.2, 4.0, 1000.0
 # A catapult that does not come back is given up after so many steps, and windows.
@@ -90,7 +90,7 @@ class CatapultPolicy:
     rise: float = 0.5  # A loss so many spreads above its level is a spike.
     hold: int = 10  # A spike is held for so many steps at most, and at least a window.
     height: float = 20.0  # The first spike may be so many times as high as the loss has fallen.
-    below: float = 0.8  # After a spike the rate is at most this part of the edge, until the loss is back.
+    below: float = 0.6  # After a spike the rate is at most this part of the edge, until the loss is back.
     horizon: int = 50  # The average runs over about so many calm steps.
     cooldown: float = 0.3  # With `total_steps`, the rate falls to nearly nothing over this last part of them.
 
