@@ -90,7 +90,7 @@ class CatapultPolicy:
     rise: float = 0.5  # A loss so many spreads above its level is a spike.
     hold: int = 10  # A spike is held for so many steps at most, and at least a window.
     height: float = 20.0  # The first spike may be so many times as high as the loss has fallen.
-    below: float = 0.6  # After a spike the rate is at most this part of the edge, until the loss is back.
+    below: float = 0.5  # After a spike the rate is at most this part of the edge, until the loss is back.
     horizon: int = 50  # The average runs over about so many calm steps.
     cooldown: float = 0.3  # With `total_steps`, the rate falls to nearly nothing over this last part of them.
 
@@ -172,7 +172,7 @@ class Catapulter:
 
     Example:
         >>> machine = Catapulter(CatapultPolicy())
-        >>> machine.update(step=1, loss=1.0, eta_crit=0.5).rate
+        >>> round(machine.update(step=1, loss=1.0, eta_crit=0.5).rate, 4)
         0.0525
     """
 
