@@ -273,8 +273,8 @@ class Catapulter:
         if not s.rate or step <= 2:
             s.log_edge += off
         else:
-            sharper = off < 0 and not catapults
-            weight = 1.0 if window == 1 or sharper else 1 / min(_MEMORY, 1 + s.measured)
+            at_once = window == 1 or (off < 0 and not catapults) or abs(off) > math.log(_TRUST)
+            weight = 1.0 if at_once else 1 / min(_MEMORY, 1 + s.measured)
             off = min(max(off, -math.log(_TRUST)), math.log(_TRUST))
             s.log_edge += weight * off
             s.var_log_edge = (1 - weight) * (s.var_log_edge + weight * off * off)
