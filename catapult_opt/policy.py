@@ -33,7 +33,7 @@ _BLIND = 1e-3
 _TRUST = 10.0
 # On mini-batches the edge is a mean over about this many measurements, of its logarithm.
 _MEMORY = 4
-# Level and spread are means over this many steps or, on mini-batches, windows.
+# Level and spread are means over at least this many steps, and windows.
 _LEVEL_STEPS, _LEVEL_WINDOWS = 20, 5
 # A loss further off the level than so many spreads counts as so far off; below this part of a loss a rise is rounding.
 _OUTLIER, _ROUNDING, _LARGEST_LOSS = 3.0, 1e-6, 1e100
@@ -42,17 +42,16 @@ _SLOWER = 5.0
 # The rate is at most so many edges: above 12 / lambda no catapult of a ReLU network comes back (Lewkowycz et al. 2020).
 _MOST_EDGES = 6.0
 # After a catapult the rate is this part of the one that began it, or of so many edges if that is less.
-_RESUME, _RESUME_EDGES = 0.7, 2.0
+_RESUME, _RESUME_EDGES = 0.9, 2.0
 # A spike that raised the edge by less than this factor was too low: the next may be so much higher, up to this height.
 _GAIN, _HIGHER, _HIGHEST = 1.2, 4.0, 1000.0
-# Steps, or windows, after which a catapult that does not come back is given up.
+# A catapult that does not come back is given up after so many steps, and windows.
 _PATIENCE, _PATIENT_WINDOWS = 100, 10
 # Without catapults, the rate comes down once it is above so many edges, and is halved when the loss rises.
 _TOO_NEAR, _CUT = 1.1, 0.5
-# A loss this many times as far above the level as a spike may go is undone.
-_FATAL = 1000.0
-# A blow-up in a catapult, or within so few steps after another one, halves the rate, down to this part of the edge.
-_SOON, _BLAME, _BLAMELESS = 3, 0.5, 0.1
+# A loss this many times as far above the level as a spike may go is undone. In a catapult, or so few steps after
+# another blow-up, it halves the rate, down to this part of the edge.
+_FATAL, _SOON, _BLAME, _BLAMELESS = 1000.0, 3, 0.5, 0.1
 # What a measurement costs, in training steps; how many may be made ahead; their share where the batch repeats.
 _MEASUREMENT, _AHEAD, _SHARE_REPEATED = 5.0, 1, 0.15
 # The user is told of a rate that has been below this part of the edge for so many steps.
@@ -64,8 +63,8 @@ _LARGEST_LOG = 690.0
 # Settings of earlier versions: what replaces them ("" where nothing does).
 _FORMER = {
     **{"kappa": "creep", "growth": "creep", "spike": "rise", "ceiling": "height", "cool": "below", "hot_steps": "hold"},
-    **{"follow": "reach", "begin": "climb", "settle": "cooldown", "measure_cooling": "measure_share"},
-    **{"measure_settled": "measure_share", "measure_following": "measure_share"},
+    **{"follow": "reach", "begin": "climb", "settle": "cooldown"},
+    **{f"measure_{phase}": "measure_share" for phase in ("cooling", "settled", "following")},
     **dict.fromkeys(("ripe", "fit_steps", "drop", "gain", "fatal", "arm_steps", "patience", "finish"), ""),
     **dict.fromkeys(("blow_up", "caution", "smoothing"), ""),
 }
@@ -95,7 +94,7 @@ class CatapultPolicy:
     rise: float = 0.5  # A loss so many spreads above its level is a spike.
     hold: int = 10  # A spike is held for so many steps at most, and at least a window.
     height: float = 20.0  # The first spike may be so many times as high as the loss has fallen.
-    below: float = 0.8  # After a spike the rate is at most this part of the edge, until the loss is back.
+    below: float = 0.5  # After a spike the rate is at most this part of the edge, until the loss is back.
     horizon: int = 50  # The average runs over about so many calm steps.
     cooldown: float = 0.3  # With `total_steps`, the rate falls to nearly nothing over this last part of them.
 
@@ -172,7 +171,7 @@ class Catapulter:
 
     Example:
         >>> machine = Catapulter(CatapultPolicy())
-        >>> machine.update(step=1, loss=1.0, eta_crit=0.5).rate
+        >>> round(machine.update(step=1, loss=1.0, eta_crit=0.5).rate, 4)
         0.0525
     """
 
@@ -226,8 +225,7 @@ class Catapulter:
         Args:
             step: 1-based number of the step.
             loss: of this step's batch, at the weights before the update; may be NaN or infinite.
-            eta_crit: critical rate of the base update for the same batch and weights, inf for no curvature; None on a
-                step that was not measured.
+            eta_crit: critical rate for the same batch and weights, inf for no curvature; None if it was not measured.
             window: steps to average the loss over: 1 where the batch repeats.
             squared_error: is the loss one? Then catapults pay, unless the policy says otherwise.
         """
@@ -271,8 +269,8 @@ class Catapulter:
         if not s.rate or step <= 2:
             s.log_edge += off
         else:
-            sharper = off < 0 and not catapults
-            weight = 1.0 if window == 1 or sharper else 1 / min(_MEMORY, 1 + s.measured)
+            at_once = window == 1 or (off < 0 and not catapults) or abs(off) > math.log(_TRUST)
+            weight = 1.0 if at_once else 1 / min(_MEMORY, 1 + s.measured)
             off = min(max(off, -math.log(_TRUST)), math.log(_TRUST))
             s.log_edge += weight * off
             s.var_log_edge = (1 - weight) * (s.var_log_edge + weight * off * off)
@@ -291,7 +289,7 @@ class Catapulter:
             s.before = s.log_edge
             self._enter("spike")
             return
-        steps = _LEVEL_STEPS if window == 1 else _LEVEL_WINDOWS * window
+        steps = max(_LEVEL_STEPS, _LEVEL_WINDOWS * window)
         off = loss - s.level
         if s.losses > window and spread:
             off = min(max(off, -_OUTLIER * spread), _OUTLIER * spread)
@@ -367,7 +365,7 @@ class Catapulter:
         return s.height * max(s.first - s.level, math.sqrt(s.var))
 
     def _patience(self, window: int) -> int:
-        return _PATIENCE if window == 1 else _PATIENT_WINDOWS * window
+        return max(_PATIENCE, _PATIENT_WINDOWS * window)
 
     def _enter(self, phase: str) -> None:
         self._state.phase, self._state.since = phase, 0
