@@ -150,7 +150,7 @@ class _State(FieldsState):
     """Everything the machine remembers: plain numbers, so that it survives every kind of checkpoint."""
 
     phase: str = field_of("calm", choices=("calm", "spike", "back"))
-    since: int = field_of(0, least=0)  # steps in this phase
+    since: int = field_of(-1, least=-1)  # steps in this phase before this one; -1 before the first step
     rate: float = field_of(0.0, least=0)  # crept to so far; 0 while no curvature is known
     log_edge: float = field_of(0.0, least=-_LARGEST_LOG, most=_LARGEST_LOG)
     var_log_edge: float = field_of(0.0, least=0)
@@ -250,7 +250,7 @@ class Catapulter:
         brake = s.phase == "back" != phase
         s.due = step + 1 if brake else s.due
         rate = (self.rate or _BLIND) * self._fall_at_end(step)
-        average = max(1 / max(s.since, 1), 1 / self.policy.horizon) if s.phase == "calm" else 0.0
+        average = max(1 / (s.since + 1), 1 / self.policy.horizon) if s.phase == "calm" else 0.0
         return Decision(rate, s.phase, average, False, brake, self._held_down(), self._measure_in(step, window))
 
     def _measure(self, eta_crit: float, step: int, window: int, catapults: bool) -> None:
@@ -338,7 +338,7 @@ class Catapulter:
         highest = _FATAL * self._highest()
         if s.losses > 1 and loss - s.level > highest > 0:
             if s.phase == "calm" and (s.since == 1 or (s.since > _SOON and s.rate < self.eta_crit)):
-                s.losses, s.since = 0, 1
+                s.losses, s.since = 0, 0
                 return False
             return True
         return s.phase == "back" and s.since > self._patience(window) and min(s.mean, loss) > s.first

@@ -286,13 +286,13 @@ def test_a_spoiled_state_is_refused_by_name_and_leaves_the_machine_as_it_was(nam
     run(falling(50), machine=machine)
     before = machine.state_dict()
     with pytest.raises(ValueError, match=name):
-        machine.load_state_dict({**before, "since": 3, name: value})
+        machine.take(machine.parse({**before, "since": 3, name: value}))
     assert machine.state_dict() == before
 
 
 def test_a_state_with_entries_missing_or_too_many_is_completed() -> None:
     machine = Catapulter(CatapultPolicy(height=30.0))
-    machine.load_state_dict({"rate": 2, "of_a_later_version": [1, 2]})
+    machine.take(machine.parse({"rate": 2, "of_a_later_version": [1, 2]}))
     fresh = Catapulter(CatapultPolicy(height=30.0)).state_dict()
     assert machine.state_dict() == {**fresh, "rate": 2}
 
@@ -301,7 +301,7 @@ def test_resumed_without_catapults_a_spike_is_ended_at_once() -> None:
     first, second = Catapulter(CatapultPolicy()), Catapulter(CatapultPolicy(catapults=False))
     run([*falling(100), 2.0], machine=first)
     assert first.phase == "spike"
-    second.load_state_dict(first.state_dict())
+    second.take(second.parse(first.state_dict()))
     decision = second.update(step=102, loss=2.0)
     assert decision.phase == "back"
     assert decision.rate <= 0.5
