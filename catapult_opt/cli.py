@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
     Raises:
-        SystemExit: after ``--help`` (status 0), on wrong arguments (2), after SIGTERM or SIGHUP (128 + its number).
+        SystemExit: after ``--help`` and ``--version`` (status 0), and on wrong arguments (2).
     """
     if sys.stderr is None:  # closed: print() would take standard output instead
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -143,23 +143,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("standard output is closed")
     if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot spell is no reason to fail
         sys.stdout.reconfigure(errors="replace")
+    received: list[int] = []
     try:
-        with _ended_by_signals():
-            try:
-                options = _parser().parse_args(argv)
-                from . import commands  # not before: until here, Ctrl-C finds little to interrupt
-
-                return int(getattr(commands, options.run)(options))
-            finally:
-                sys.stdout.flush()  # here, where it can still be told if that fails
+        with _ended_by_signals(received):
+            status = _run(argv)
     except BrokenPipeError:  # `| head` has seen enough
         _discard_output()
-        return 0
+        status = 0
     except OSError as error:
         _discard_output()
-        return _fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
+        status = _fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        return 130
+        status = 130
+    return 128 + received[0] if received else status
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        options = _parser().parse_args(argv)
+        from . import commands  # not before: until here, Ctrl-C finds little to interrupt
+
+        return int(getattr(commands, options.run)(options))
+    finally:
+        sys.stdout.flush()  # here, where it can still be told if that fails
 
 
 def _fail(message: str) -> int:
@@ -174,11 +180,12 @@ def _discard_output() -> None:
 
 
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the program the ordinary way: files are closed, the terminal gets its cursor back."""
+def _ended_by_signals(received: list[int]) -> Iterator[None]:
+    """SIGTERM and SIGHUP end the program as Ctrl-C does: files are closed, the terminal gets its cursor back."""
 
     def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
+        received.append(number)
+        raise KeyboardInterrupt
 
     before = {}
     if threading.current_thread() is threading.main_thread():

@@ -210,6 +210,8 @@ def _picture(output: str, logs: Sequence[RunLog]) -> Path:
     path = Path(output)
     if not output or path.is_dir():
         raise ValueError("it is a folder: name a file" if output else "it is no name of a file")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ValueError(f"{path.parent} is no folder")
     special = path.exists() and not path.is_file()
     if not path.suffix and not special:
         path = path.with_name(f"{path.name}.png")

@@ -195,7 +195,7 @@ class RunLogWriter:
     def _lost(self, file: io.FileIO, state: os.stat_result) -> bytes:
         """What must be written first because somebody cut the log off meanwhile; ``OSError`` where there is no use."""
         if state.st_nlink == 0:
-            raise FileNotFoundError(errno.ENOENT, "the file was deleted")
+            raise FileNotFoundError(errno.ENOENT, "the file was deleted or replaced")
         if not self._is_in_place(state):
             self._notice("moved", "was moved or replaced: its records still go into the file that was opened first")
         lost, self._size = self._size - state.st_size, state.st_size
