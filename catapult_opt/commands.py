@@ -163,6 +163,8 @@ def plot_runs(options: argparse.Namespace) -> int:
         from . import plots
     except ImportError as error:
         return complain([str(error)])
+    except Exception as error:  # such as a back end that does not exist, in its settings
+        return complain([f"matplotlib cannot be loaded: {error}"])
     found = logfiles.read_all(options.runs, most=plots.MOST_RUNS)
     if found.unread:
         found.warnings.append(

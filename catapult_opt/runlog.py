@@ -100,8 +100,8 @@ class RunLogWriter:
         """
         self.close()
         self.__dict__ |= RunLogWriter(self.path).__dict__
-        self._place = os.path.abspath(self.path)  # the training may change its folder
         try:
+            self._place = os.path.abspath(self.path)  # the training may change its folder
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = io.FileIO(self.path, "a+")
             _writers.add(self)

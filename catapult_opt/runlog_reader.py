@@ -177,13 +177,17 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def lines_of(file: io.BufferedReader) -> Iterator[tuple[int, bytes, int]]:
-    """Number, content and full size of every line; of an over-long one only the beginning is kept."""
-    number = 0
-    while data := file.readline(MAX_LINE + 1):
+    """Number, content and full size of every line; of an over-long one only the beginning is kept.
+
+    Only as far as the file reaches now: one that grows faster than it is read has an end too.
+    """
+    number, left = 0, os.fstat(file.fileno()).st_size
+    while left > 0 and (data := file.readline(MAX_LINE + 1)):
         number += 1
         size, end = len(data), data[-1:]
-        while size > MAX_LINE and end != b"\n" and (more := file.readline(MAX_LINE)):
+        while size > MAX_LINE and end != b"\n" and size < left and (more := file.readline(MAX_LINE)):
             size, end = size + len(more), more[-1:]
+        left -= size
         yield number, data, size
 
 

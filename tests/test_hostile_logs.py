@@ -15,11 +15,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from catapult_opt import runlog_format
 from catapult_opt.cli import main
 from catapult_opt.plain import clean
 from catapult_opt.runlog import RunLogError, read_log
@@ -243,3 +245,33 @@ def test_numbers_beyond_all_bounds(runs: Path, capsys: Captured) -> None:
     for form in ([], ["--csv"], ["--json"]):
         assert main(["report", str(runs), *form]) == 0
         assert "sound" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/kmsg"), reason="no such files on this platform")
+def test_files_of_the_system_that_are_called_regular_are_not_waited_for() -> None:
+    with pytest.raises(RunLogError):  # reading it waits for the next message of the kernel
+        read_log("/proc/kmsg")
+
+
+def test_a_log_that_grows_faster_than_it_is_read_has_an_end(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line that is read makes another."""
+    path = runs / "sound.jsonl"
+    parse = runlog_format.parse
+
+    def grow(data: bytes) -> object:
+        with open(path, "ab") as file:
+            file.write(b'{"kind":"event","step":4,"event":"x"}\n' * 3)
+        return parse(data)
+
+    monkeypatch.setattr(runlog_format, "parse", grow)
+    assert len(read_log(path).steps) == 3
+
+
+def test_a_metric_of_another_name_on_every_line_takes_no_square_of_the_time(runs: Path, capsys: Captured) -> None:
+    """Half a minute at 20,000 lines where every name is sought in every line."""
+    names = [(t, f"{kind}_{t}") for t in range(20_000) for kind in ("val", "test")]
+    write(runs / "odd.jsonl", *[{"kind": "metrics", "step": t, "values": {name: 0.5}} for t, name in names])
+    begun = time.process_time()
+    assert main(["report", str(runs), "--json"]) == 0
+    assert time.process_time() - begun < 15
+    assert len(json.loads(capsys.readouterr().out)) == 2
