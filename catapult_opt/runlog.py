@@ -63,6 +63,18 @@ class RunLogWriter:
     worker): neither writes into the original's log.
 
     The log is locked while it is written. The lock goes with the process, however that ends.
+
+    Attributes:
+        path: the log.
+        failed: whether it was given up.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, RunLogWriter(f"{folder}/run.jsonl") as writer:
+        ...     writer.start({"name": "demo"})
+        ...     writer.step({"step": 1, "loss": 0.5, "effective_lr": 0.1})
+        ...     read_log(writer.path).column("loss")
+        [0.5]
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -94,9 +106,10 @@ class RunLogWriter:
     def start(self, header: Mapping[str, Any], *, resumed_at: int | None = None) -> None:
         """Create the log and write its header, or continue an existing log after step ``resumed_at``.
 
-        Raises before anything is written: ``FileExistsError`` where a log stands already and the run is not a resumed
-        one, :class:`RunLogError` where the file to continue is not a run log that this version can read,
-        ``RuntimeError`` where another writer is at work on it.
+        Raises, before anything is written:
+            FileExistsError: there is a log already, and the run is not a resumed one.
+            RunLogError: the file to continue is not a run log that this version can read.
+            RuntimeError: another writer is at work on it.
         """
         self.close()
         self.__dict__ |= RunLogWriter(self.path).__dict__

@@ -53,9 +53,21 @@ def test_log_cut_off_is_begun_anew_or_continued_and_says_what_is_lost(kept: str,
     log = read_log(writer.path)
     assert log.column("step") == [1, 2, 6, 7, 8][0 if "two" in kept else 2 :]
     assert log.name == "demo"
-    missing, *other = summarize(log).dropped
+    *cut, missing = summarize(log).dropped
     assert missing.startswith("records up to step 5")
-    assert len(other) == ("half" in kept and "two" in kept)  # the record that was cut
+    assert len(cut) == (kept == "two and a half")  # the record of which a part is left
+
+
+def test_a_loss_is_told_after_the_run_was_resumed_before_it(tmp_path: Path) -> None:
+    writer = begun(tmp_path / "run.jsonl")
+    os.truncate(writer.path, 0)
+    go_on(writer, "was cut off")
+    with RunLogWriter(writer.path) as again:
+        again.start({}, resumed_at=3)
+        again.step({"step": 4, "loss": 0.25, "effective_lr": 0.1})
+    log = read_log(writer.path)
+    assert log.column("step") == [4]
+    assert any(sentence.startswith("records up to step 5") for sentence in log.dropped)
 
 
 def test_log_renamed_goes_on_in_the_same_file(tmp_path: Path) -> None:
