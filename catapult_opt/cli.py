@@ -8,11 +8,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
 import textwrap
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ CatapultLR and CatapultMonitor write when given log="run.jsonl".
 
 exit status: 0; 1 if a statement of the thesis fails (reproduce); 2 for wrong
 arguments, or if something could not be read, measured, run or written; 130
-after Ctrl-C (report --watch: 0), 128 + its number after SIGTERM or SIGHUP.
+after Ctrl-C (report --watch: 0).
 """
 
 _REPORT = """\
@@ -143,19 +141,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("standard output is closed")
     if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot spell is no reason to fail
         sys.stdout.reconfigure(errors="replace")
-    received: list[int] = []
     try:
-        with _ended_by_signals(received):
-            status = _run(argv)
+        return _run(argv)
     except BrokenPipeError:  # `| head` has seen enough
         _discard_output()
-        status = 0
+        return 0
     except OSError as error:
         _discard_output()
-        status = _fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
+        return _fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        status = 130
-    return 128 + received[0] if received else status
+        return 130
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -177,27 +172,6 @@ def _discard_output() -> None:
     """What is still to be written goes nowhere: else the flush at exit complains."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextlib.contextmanager
-def _ended_by_signals(received: list[int]) -> Iterator[None]:
-    """SIGTERM and SIGHUP end the program as Ctrl-C does: files are closed, the terminal gets its cursor back."""
-
-    def end(number: int, _: object) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for one in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
-            number = getattr(signal, one)
-            if signal.getsignal(number) == signal.SIG_DFL:  # under nohup, SIGHUP is ignored and stays so
-                before[number] = signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:

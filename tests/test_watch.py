@@ -166,3 +166,15 @@ def test_what_the_watch_shows_is_the_report(tmp_path: Path, capsys: pytest.Captu
     watched = capsys.readouterr().out.split("\n", 1)[1].rstrip("\n")
     assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out.rstrip("\n") == watched
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
+def test_handlers_of_signals_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(*_: object) -> None:
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        raise KeyboardInterrupt
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    monkeypatch.setattr(commands, "_every", end)
+    assert main(["report", str(tmp_path), "--watch"]) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
