@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -259,7 +260,12 @@ def test_numbers_beyond_all_bounds(runs: Path, capsys: Captured) -> None:
     write(runs / "odd.jsonl", *steps, batch_size=10**300, parameters=-5, extra_bytes=10**18)
     for form in ([], ["--csv"], ["--json"]):
         assert main(["report", str(runs), *form]) == 0
-        assert "sound" in capsys.readouterr().out
+        out = capsys.readouterr()
+        assert "sound" in out.out and out.err == ""
+    pytest.importorskip("matplotlib")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["plot", str(runs), "-o", str(runs / "x.png")]) == 0
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/kmsg"), reason="no such files on this platform")
