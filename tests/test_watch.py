@@ -79,13 +79,19 @@ def test_a_log_that_has_not_changed_is_not_read_again(
     assert read == ["a.jsonl", "b.jsonl", "b.jsonl"]
 
 
+def _as_from_a_shell() -> None:
+    """Tests that run in the background may have these signals ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def watching(folder: Path, **options: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "catapult_opt", "report", str(folder), "--watch", "0.1"]
     return subprocess.Popen(
         command,
         text=True,
         env=ENVIRONMENT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=_as_from_a_shell,
         **options,  # type: ignore[call-overload]
     )
 
