@@ -8,11 +8,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
 import textwrap
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ CatapultLR and CatapultMonitor write when given log="run.jsonl".
 
 exit status: 0; 1 if a statement of the thesis fails (reproduce); 2 for wrong
 arguments, or if something could not be read, measured, run or written; 130
-after Ctrl-C (report --watch: 0), 128 + its number after SIGTERM or SIGHUP.
+after Ctrl-C (report --watch: 0).
 """
 
 _REPORT = """\
@@ -135,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
     Raises:
-        SystemExit: after ``--help`` (status 0), on wrong arguments (2), after SIGTERM or SIGHUP (128 + its number).
+        SystemExit: after ``--help`` and ``--version`` (status 0), and on wrong arguments (2).
     """
     if sys.stderr is None:  # closed: print() would take standard output instead
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -144,14 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot spell is no reason to fail
         sys.stdout.reconfigure(errors="replace")
     try:
-        with _ended_by_signals():
-            try:
-                options = _parser().parse_args(argv)
-                from . import commands  # not before: until here, Ctrl-C finds little to interrupt
-
-                return int(getattr(commands, options.run)(options))
-            finally:
-                sys.stdout.flush()  # here, where it can still be told if that fails
+        return _run(argv)
     except BrokenPipeError:  # `| head` has seen enough
         _discard_output()
         return 0
@@ -160,6 +151,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.filename or 'standard output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         return 130
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        options = _parser().parse_args(argv)
+        from . import commands  # not before: until here, Ctrl-C finds little to interrupt
+
+        return int(getattr(commands, options.run)(options))
+    finally:
+        sys.stdout.flush()  # here, where it can still be told if that fails
 
 
 def _fail(message: str) -> int:
@@ -171,26 +172,6 @@ def _discard_output() -> None:
     """What is still to be written goes nowhere: else the flush at exit complains."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the program the ordinary way: files are closed, the terminal gets its cursor back."""
-
-    def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for one in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
-            number = getattr(signal, one)
-            if signal.getsignal(number) == signal.SIG_DFL:  # under nohup, SIGHUP is ignored and stays so
-                before[number] = signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:

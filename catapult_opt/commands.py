@@ -6,11 +6,13 @@ matplotlib is imported when it is needed and torch only to measure or reproduce:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -71,13 +73,33 @@ def report_runs(options: argparse.Namespace) -> int:
 def _watch(paths: Sequence[Path], sort: str | None, seconds: float) -> int:
     """Show the report until Ctrl-C; logs may come, go, grow and shrink."""
     console, logs = Screen(), _Cache()
+    received: list[int] = []
     try:
-        if not console.is_terminal:
-            _every(seconds, _Text(paths, sort, console, logs).show)
-        with Live(console=console, auto_refresh=False, vertical_overflow="ellipsis") as live:
-            _every(seconds, lambda: live.update(_live_report(paths, sort, console, logs), refresh=True))
+        with _ended_by_signals(received):
+            if not console.is_terminal:
+                _every(seconds, _Text(paths, sort, console, logs).show)
+            with Live(console=console, auto_refresh=False, vertical_overflow="ellipsis") as live:
+                _every(seconds, lambda: live.update(_live_report(paths, sort, console, logs), refresh=True))
     except KeyboardInterrupt:
-        return 0
+        return 128 + received[0] if received else 0
+
+
+@contextlib.contextmanager
+def _ended_by_signals(received: list[int]) -> Iterator[None]:
+    """SIGTERM and SIGHUP end the watch as Ctrl-C does, so that the terminal gets its cursor back."""
+
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        received.append(number)
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {n: signal.signal(n, end) for n in numbers if signal.getsignal(n) == signal.SIG_DFL}  # nohup ignores one
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _every(seconds: float, show: Callable[[], None]) -> NoReturn:
@@ -139,7 +161,7 @@ class _Cache:
     def _read_one(self, path: Path) -> _Run | str:
         try:
             state = os.stat(path)
-            stamp: object = (state.st_ino, state.st_size, state.st_mtime_ns)
+            stamp: object = (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
         except OSError as error:
             stamp = error.errno
         if path not in self._read or self._read[path][0] != stamp:
@@ -163,6 +185,8 @@ def plot_runs(options: argparse.Namespace) -> int:
         from . import plots
     except ImportError as error:
         return complain([str(error)])
+    except Exception as error:  # such as a back end that does not exist, in its settings
+        return complain([f"matplotlib cannot be loaded: {error}"])
     found = logfiles.read_all(options.runs, most=plots.MOST_RUNS)
     if found.unread:
         found.warnings.append(
@@ -210,6 +234,8 @@ def _picture(output: str, logs: Sequence[RunLog]) -> Path:
     path = Path(output)
     if not output or path.is_dir():
         raise ValueError("it is a folder: name a file" if output else "it is no name of a file")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ValueError(f"{path.parent} is no folder")
     special = path.exists() and not path.is_file()
     if not path.suffix and not special:
         path = path.with_name(f"{path.name}.png")

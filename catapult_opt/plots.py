@@ -88,16 +88,17 @@ def save(logs: Sequence[RunLog], target: str | os.PathLike[str] | BinaryIO) -> N
     """
     if not 1 <= len(logs) <= MOST_RUNS:
         raise ValueError(f"logs must be 1 to {MOST_RUNS} runs, got {len(logs)}: draw them in several pictures")
-    figure = Figure(figsize=(2 + 6 * len(logs), 7), layout="constrained")
-    grid = figure.subplots(len(_PANELS), len(logs), sharex="col", sharey="row", squeeze=False)
-    for column, log in enumerate(logs):
-        plot_run(log, list(grid[:, column]))
-        for ax in grid[:, column] if column else ():
-            ax.set_ylabel("")
     path = Path(target) if isinstance(target, (str, os.PathLike)) else None
     picture = io.BytesIO()  # whole before anything is written over
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # a box is shown: no news
+        warnings.simplefilter("ignore", RuntimeWarning)  # matplotlib's, of numbers near the largest there are
+        figure = Figure(figsize=(2 + 6 * len(logs), 7), layout="constrained")
+        grid = figure.subplots(len(_PANELS), len(logs), sharex="col", sharey="row", squeeze=False)
+        for column, log in enumerate(logs):
+            plot_run(log, list(grid[:, column]))
+            for ax in grid[:, column] if column else ():
+                ax.set_ylabel("")
         figure.savefig(picture, format=path.suffix[1:].lower() if path and path.suffix else "png", dpi=150)
     if path is None:
         target.write(picture.getvalue())  # type: ignore[union-attr]

@@ -150,7 +150,7 @@ def _columns(rows: Sequence[RunSummary], glyphs: Glyphs, *, compact: bool) -> li
 
 
 def _count(value: int | None, known: object = True) -> str:
-    return str(value) if value is not None and known else ""
+    return _shortened(str(value), 15) if value is not None and known else ""
 
 
 def _match_cell(row: RunSummary, compact: bool) -> Cell:
@@ -185,7 +185,12 @@ def _agop_at_best(row: RunSummary) -> bool:
 
 def _common(names: Iterable[str | None], otherwise: str, glyphs: Glyphs) -> str:
     known = {name for name in names if name is not None}
-    return glyphs.name(known.pop()) if len(known) == 1 else otherwise
+    return _shortened(glyphs.name(known.pop()), 40) if len(known) == 1 else otherwise
+
+
+def _shortened(text: str, room: int) -> str:
+    """The text, cut where it would leave no room in the table for the names of the runs."""
+    return text if len(text) <= room else text[: room - 3] + "..."
 
 
 def _notes(rows: Sequence[RunSummary], glyphs: Glyphs) -> Iterator[str]:

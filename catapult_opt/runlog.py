@@ -63,6 +63,18 @@ class RunLogWriter:
     worker): neither writes into the original's log.
 
     The log is locked while it is written. The lock goes with the process, however that ends.
+
+    Attributes:
+        path: the log.
+        failed: whether it was given up.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, RunLogWriter(f"{folder}/run.jsonl") as writer:
+        ...     writer.start({"name": "demo"})
+        ...     writer.step({"step": 1, "loss": 0.5, "effective_lr": 0.1})
+        ...     read_log(writer.path).column("loss")
+        [0.5]
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -94,14 +106,15 @@ class RunLogWriter:
     def start(self, header: Mapping[str, Any], *, resumed_at: int | None = None) -> None:
         """Create the log and write its header, or continue an existing log after step ``resumed_at``.
 
-        Raises before anything is written: ``FileExistsError`` where a log stands already and the run is not a resumed
-        one, :class:`RunLogError` where the file to continue is not a run log that this version can read,
-        ``RuntimeError`` where another writer is at work on it.
+        Raises, before anything is written:
+            FileExistsError: there is a log already, and the run is not a resumed one.
+            RunLogError: the file to continue is not a run log that this version can read.
+            RuntimeError: another writer is at work on it.
         """
         self.close()
         self.__dict__ |= RunLogWriter(self.path).__dict__
-        self._place = os.path.abspath(self.path)  # the training may change its folder
         try:
+            self._place = os.path.abspath(self.path)  # the training may change its folder
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = io.FileIO(self.path, "a+")
             _writers.add(self)
@@ -195,7 +208,7 @@ class RunLogWriter:
     def _lost(self, file: io.FileIO, state: os.stat_result) -> bytes:
         """What must be written first because somebody cut the log off meanwhile; ``OSError`` where there is no use."""
         if state.st_nlink == 0:
-            raise FileNotFoundError(errno.ENOENT, "the file was deleted")
+            raise FileNotFoundError(errno.ENOENT, "the file was deleted or replaced")
         if not self._is_in_place(state):
             self._notice("moved", "was moved or replaced: its records still go into the file that was opened first")
         lost, self._size = self._size - state.st_size, state.st_size

@@ -32,6 +32,12 @@ class RunLog:
         events: the event records, likewise.
         metrics: the metrics records, likewise.
         dropped: what was left out or is missing, and why, one sentence each.
+
+    Example:
+        >>> steps = [{"step": 1, "loss": 0.5, "eta_crit": 2.0}, {"step": 2, "loss": 0.25}]
+        >>> log = RunLog(Path("run.jsonl"), {"name": "run"}, steps)
+        >>> log.array("eta_crit"), len(log.measured)
+        (array([ 2., nan]), 1)
     """
 
     path: Path
@@ -177,13 +183,17 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def lines_of(file: io.BufferedReader) -> Iterator[tuple[int, bytes, int]]:
-    """Number, content and full size of every line; of an over-long one only the beginning is kept."""
-    number = 0
-    while data := file.readline(MAX_LINE + 1):
+    """Number, content and full size of every line; of an over-long one only the beginning is kept.
+
+    Only as far as the file reaches now: one that grows faster than it is read has an end too.
+    """
+    number, left = 0, os.fstat(file.fileno()).st_size
+    while left > 0 and (data := file.readline(MAX_LINE + 1)):
         number += 1
         size, end = len(data), data[-1:]
-        while size > MAX_LINE and end != b"\n" and (more := file.readline(MAX_LINE)):
+        while size > MAX_LINE and end != b"\n" and size < left and (more := file.readline(MAX_LINE)):
             size, end = size + len(more), more[-1:]
+        left -= size
         yield number, data, size
 
 
@@ -277,7 +287,6 @@ class _Reader:
         if self._resumes:
             self._supersede()
         steps, events, metrics = (Records(groups) for groups in self._groups.values())
-        self._name_losses(events)
         dropped = [sentence for _, sentence in sorted(self._dropped, key=lambda item: item[0])]
         return RunLog(path, header, steps, events, metrics, dropped)
 
@@ -302,7 +311,11 @@ class _Reader:
                 if pattern := _Pattern.of(data, checked):
                     self._patterns.append(pattern)
         elif kind == "event":
-            self._waiting["event"].append((number, rules.checked_event(record)))
+            event = rules.checked_event(record)
+            self._waiting["event"].append((number, event))
+            if event["event"] == rules.TRUNCATED:
+                sentence = f"records up to step {event['step']}: somebody cut the log off while it was written"
+                self._dropped.append((number, sentence))
         elif kind == "metrics":
             self._waiting["metrics"].append((number, rules.checked_metrics(record)))
         else:
@@ -334,12 +347,6 @@ class _Reader:
             line, step = self._resumes[resume]
             sentence = f"{count} record{'s' * (count != 1)} after step {step}: superseded, line {line} resumes the run"
             self._dropped.append((line, sentence + " there"))
-
-    def _name_losses(self, events: Records) -> None:
-        for record in events.having("lost_bytes"):
-            if record["event"] == rules.TRUNCATED:
-                sentence = f"records up to step {record['step']}: somebody cut the log off while it was written"
-                self._dropped.append((0, sentence))
 
 
 def _steps(group: Group) -> Integers:

@@ -7,10 +7,9 @@ import copy
 import importlib
 import inspect
 import json
-import math
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from .monitor import CatapultMonitor
+from .runlog import encode
 
 __all__ = ["FactoryError", "StartingRate", "load_factory", "run", "starting_rates"]
 
@@ -100,15 +100,20 @@ def _first_step(
         model, criterion = copy.deepcopy((model, criterion))
     except Exception as error:
         raise TypeError(f"the model or the criterion cannot be copied, which measuring needs: {error}") from error
-    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(f"the model ({type(model).__name__}) has no parameter that requires a gradient")
+    optimizer = make(trainable)
     monitor = CatapultMonitor(optimizer, model=model, criterion=criterion)
     rng = torch.get_rng_state()
     outputs = _call(model, inputs)
-    loss = outputs if criterion is None else monitor.criterion(outputs, targets)  # type: ignore[misc]
+    loss = getattr(outputs, "loss", outputs) if criterion is None else monitor.criterion(outputs, targets)  # type: ignore[misc]
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        returned = "the model, with criterion None," if criterion is None else "the criterion"
+        who = "the model, with criterion None," if criterion is None else "the criterion"
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ValueError(f"{returned} must return the loss, a tensor of one number, but returned {found}")
+        raise ValueError(
+            f"{who} must return the loss, a tensor of one number (or have it as .loss), but returned {found}"
+        )
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     torch.set_rng_state(rng)
@@ -139,15 +144,14 @@ def load_factory(spec: str) -> Callable[[], Any]:
         raise FactoryError(f"{spec!r} names a file, but must name a module: try {module_name[:-3]}:{name}")
     if not all(part.isidentifier() for part in module_name.split(".")):
         raise FactoryError(f"{spec!r}: {module_name!r} is no name of a module: name it as `import` would")
-    here = str(Path.cwd())
+    here = str(_here())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
-        module = importlib.import_module(module_name)
+        with _told(f"{module_name} cannot be imported"):
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise FactoryError(f"{module_name}: {error}; it is sought in {here} and among the installed modules") from error
-    except (Exception, SystemExit) as error:
-        raise FactoryError(f"{module_name} cannot be imported: {_last_line(error)}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
         raise FactoryError(f"{module_name} has no function {name!r}")
@@ -156,13 +160,29 @@ def load_factory(spec: str) -> Callable[[], Any]:
     return factory  # type: ignore[no-any-return]
 
 
-def _last_line(error: BaseException) -> str:
-    """What went wrong as the last line of its traceback says it, and where in the user's own files."""
-    return " ".join("".join(traceback.format_exception_only(type(error), error)[-1:]).split()) + _place(error)
+def _here() -> Path:
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise FactoryError(f"the present folder cannot be read ({error.strerror}): change to another one") from error
+
+
+@contextlib.contextmanager
+def _told(what: str, pass_on: tuple[type[Exception], ...] = (ModuleNotFoundError,)) -> Iterator[None]:
+    """Tell what the user's code raises as the last line of its traceback does, with the place in the user's file."""
+    try:
+        yield
+    except BaseException as error:  # SystemExit too: the user's code does not decide our exit status
+        if isinstance(error, (KeyboardInterrupt, *pass_on)):
+            raise
+        line = "".join(traceback.format_exception_only(type(error), error)[-1:])
+        raise FactoryError(f"{what}: {' '.join(line.split())}{_place(error)}") from error
 
 
 def _place(error: BaseException) -> str:
-    ours, here = Path(__file__).parent, Path.cwd()
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({Path(error.filename).name}, line {error.lineno})"
+    ours, here = Path(__file__).parent, _here()
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         if here in path.parents and ours not in path.parents and "site-packages" not in path.parts:
@@ -189,17 +209,15 @@ def run(spec: str, as_json: bool, console: Console) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # so that JSON stays JSON
         rates = _measured(spec)
     if as_json:
-        print(json.dumps([_finite(asdict(rate)) for rate in rates], indent=2, allow_nan=False))
+        print(json.dumps([encode(asdict(rate)) for rate in rates], indent=2, allow_nan=False))
     else:
         console.print(_table(rates))
 
 
 def _measured(spec: str) -> list[StartingRate]:
     factory = load_factory(spec)
-    try:
+    with _told(f"{spec} failed", pass_on=()):
         made = factory()
-    except (Exception, SystemExit) as error:
-        raise FactoryError(f"{spec} failed: {_last_line(error)}") from error
     if not isinstance(made, tuple) or len(made) not in (3, 4) or not isinstance(made[0], nn.Module):
         raise FactoryError(
             f"{spec} must return (model, criterion, inputs, targets), targets left out where criterion is None; "
@@ -207,23 +225,21 @@ def _measured(spec: str) -> list[StartingRate]:
         )
     if len(made) == 3 and made[1] is not None:
         raise FactoryError(f"{spec} must return targets too, (model, criterion, inputs, targets), or criterion None")
+    sentences = TypeError, ValueError, RuntimeError  # torch's own for shapes that do not fit, and ours
     try:
-        return starting_rates(*made)
-    except (TypeError, ValueError, RuntimeError) as error:  # torch's own for shapes that do not fit, and ours
+        with _told(spec, pass_on=sentences):
+            return starting_rates(*made)
+    except sentences as error:
+        if isinstance(error, FactoryError):
+            raise
         advice = "; inputs is a list, so one argument: return a tuple for several" if isinstance(made[2], list) else ""
         raise FactoryError(f"{spec}: {error}{_place(error)}{advice}") from error
-    except (Exception, SystemExit) as error:
-        raise FactoryError(f"{spec}: {_last_line(error)}") from error
 
 
 def _described(made: Any) -> str:
     if not isinstance(made, tuple):
         return f"a {type(made).__name__}"
     return f"({', '.join(type(item).__name__ for item in made[:6])})"
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: "Infinity" if isinstance(v, float) and math.isinf(v) else v for k, v in row.items()}
 
 
 def _table(rates: list[StartingRate]) -> Table:

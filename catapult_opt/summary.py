@@ -158,9 +158,13 @@ def summarize(log: RunLog) -> RunSummary:
     )
 
 
+_MOST_NAMES: Final = 100  # of metrics that are looked through: a damaged log may have another one on every line
+
+
 def _metric_names(metrics: Records, prefix: str) -> list[str]:
     """The metrics whose name starts with ``prefix``, in the order of their first record."""
-    return [key for key in metrics.keys("values") if key.lower().startswith(prefix)]
+    names = [key for key in metrics.keys("values") if key.lower().startswith(prefix)]
+    return names[:_MOST_NAMES]
 
 
 def higher_is_better(metric: str) -> bool:
