@@ -11,11 +11,11 @@ from catapult_opt.catapults import CatapultCounter, is_super_critical
 Row = tuple[float, float | None]  # loss, lambda_max (None: not measured)
 
 
-def count(rows: list[Row], rate: float = 1.0, smoothing: int = 1) -> tuple[CatapultCounter, list[str]]:
+def count(rows: list[Row], rate: float = 1.0, window: int = 1) -> tuple[CatapultCounter, list[str]]:
     counter, names = CatapultCounter(), []
     for loss, lam in rows:
         eta = None if lam is None else (2 / lam if lam else float("inf"))
-        events = counter.update(loss=loss, rate=rate, lambda_max=lam, eta_crit=eta, smoothing=smoothing)
+        events = counter.update(loss=loss, rate=rate, lambda_max=lam, eta_crit=eta, window=window)
         names += [name for name, _ in events]
     return counter, names
 
@@ -74,17 +74,17 @@ def test_the_thesis_epsilon() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(1e-6, 1e6), st.none() | st.floats(1e-3, 1e3)), max_size=60), st.integers(1, 20))
-def test_counts_are_bounded_and_survive_a_round_trip(rows: list[Row], smoothing: int) -> None:
-    counter, names = count(rows, smoothing=smoothing)
+def test_counts_are_bounded_and_survive_a_round_trip(rows: list[Row], window: int) -> None:
+    counter, names = count(rows, window=window)
     measured = sum(lam is not None for _, lam in rows)
     assert counter.measured_steps == measured
     assert 0 <= counter.super_critical_steps <= measured
     assert counter.catapults == names.count("catapult_recovered") <= names.count("catapult_started")
     half = len(rows) // 2
-    first, _ = count(rows[:half], smoothing=smoothing)
+    first, _ = count(rows[:half], window=window)
     resumed = CatapultCounter()
-    resumed.load_state_dict(first.state_dict())
+    resumed.take(resumed.parse(first.state_dict()))
     for loss, lam in rows[half:]:
         eta = None if lam is None else 2 / lam
-        resumed.update(loss=loss, rate=1.0, lambda_max=lam, eta_crit=eta, smoothing=smoothing)
+        resumed.update(loss=loss, rate=1.0, lambda_max=lam, eta_crit=eta, window=window)
     assert resumed.state_dict() == counter.state_dict()

@@ -21,7 +21,7 @@ from catapult_opt import CatapultPolicy, critical_lr
 
 STEPS = 4
 N = 24
-ALIKE = CatapultPolicy(smoothing=1)  # a micro-batch is not a whole batch seen again
+ALIKE = CatapultPolicy()
 
 
 class Run(Training):

@@ -226,7 +226,7 @@ def test_detached_it_is_the_optimizer_alone(kind: type[Optimizer], face: str) ->
 @pytest.mark.parametrize("face", FACES)
 def test_a_group_added_in_mid_training_is_trained(face: str) -> None:
     """Unfreezing: the last layer joins with half the rate of the first."""
-    quick = CatapultPolicy(arm_steps=1, hot_steps=1)  # measured every step
+    quick = QUICK
     training = problem(SGD, face, groups=True, lr=1.0 if face == "CatapultSGD" else 0.01, policy=quick)
     late = training.optimizer.param_groups.pop()
     for p in late["params"]:

@@ -31,7 +31,7 @@ from catapult_opt.runlog import RunLogError
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 
 STEPS = 44
-POLICY = replace(QUICK, total_steps=STEPS, settle=0.8)
+POLICY = replace(QUICK, total_steps=STEPS, cooldown=0.2)
 COLUMNS = ("step", "loss", "effective_lr", "eta_crit", "lambda_max", "super_critical", "phase")
 
 

@@ -59,15 +59,16 @@ def test_a_model_of_vectors_alone_moves_at_the_whole_rate() -> None:
     torch.testing.assert_close(w.detach(), 1 - training.rates()[0] * w.grad)
 
 
-def test_cooling_brings_the_momentum_to_rest() -> None:
-    """On the step that cools, the update is that of plain SGD; the policy is set to cool at the first rise."""
-    training = train(policy=CatapultPolicy(ripe=1.0, hot_steps=1, spike=1.01), momentum=0.9)
+def test_the_end_of_a_spike_brings_the_momentum_to_rest() -> None:
+    """On the step that ends a spike, the update is that of plain SGD."""
+    policy = CatapultPolicy(start=0.5, climb=0.5, creep=0.5, hold=1, height=1e-2)
+    training = train(policy=policy, momentum=0.9)
     phases = []
     for _ in range(60):
         before = [p.detach().clone() for p in training.model.parameters()]
         training.step()
         phases.append(training.watch.phase)
-        if phases[-2:] in (["hot", "cool"], ["arm", "cool"]):
+        if phases[-2:] in (["spike", "back"], ["calm", "back"]):
             [rate] = training.rates()
             for p, w in zip(training.model.parameters(), before, strict=True):
                 torch.testing.assert_close(p.detach(), w - rate * p.grad, rtol=1e-12, atol=1e-12)

@@ -109,12 +109,13 @@ def test_effective_lr_is_lr_times_one_rate_for_all_groups(make: Make) -> None:
 
 
 def test_lr_multiplies_the_rate() -> None:
-    """The first step's: 0.4 of the critical rate of the very update, times lr."""
-    whole = train(1.0)
+    """The first step's: the critical rate of the very update, where the policy says so, times lr."""
+    policy = CatapultPolicy(start=1.0, near=1.0, creep=1e-9)
+    whole = train(1.0, policy=policy)
     whole.step()
-    assert whole.rates()[0] == pytest.approx(0.4 * whole.optimizer.last.eta_crit)
+    assert whole.rates()[0] == pytest.approx(whole.optimizer.last.eta_crit)
     for lr in (0.1, 0.5, 3.0):
-        part = train(lr)
+        part = train(lr, policy=policy)
         part.step()
         assert part.optimizer.last.eta_crit == pytest.approx(whole.optimizer.last.eta_crit)
         assert part.rates()[0] == pytest.approx(lr * whole.rates()[0])
@@ -146,7 +147,7 @@ def test_groups_are_the_same_as_rescaled_parameters() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.linear(x, self.factor * self.weight, self.factor * self.bias)
 
-    policy = CatapultPolicy(smoothing=1)
+    policy = CatapultPolicy()
     grouped = train(1.0, groups=True, policy=policy)
     plain = net(4, 8, 1).double()
     other = Training(

@@ -91,7 +91,7 @@ DAMAGED: list[tuple[tuple[str, ...], Any]] = [
     (("observer", "batch_size"), 0),
     (("schedule", "due"), "x"),
     (("schedule", "due"), 2**60),
-    (("schedule", "spent"), math.inf),
+    (("schedule", "due"), -1),
     (("counter", "catapults"), None),
     (("counter", "steps"), True),
     (("counter", "peak"), math.nan),
