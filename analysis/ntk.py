@@ -14,7 +14,7 @@ from catapult_opt import critical_lr
 from catapult_opt.catapults import is_super_critical
 from catapult_opt.checks import check_whole_number
 from catapult_opt.curvature.gram import NotLayerwise, gram_kernel
-from catapult_opt.measure import trainable
+from catapult_opt.parameters import trainable
 from catapult_opt.replay import preserved, record_forward, replay
 
 from .layers import Bias

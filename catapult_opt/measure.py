@@ -288,13 +288,3 @@ def _squared_error(hessians: Sequence[OutputHessian], group: Group) -> float | N
     if not (math.isfinite(highest) and highest + negated <= 1e-5 * highest):
         return None
     return highest
-
-
-def trainable(model: nn.Module) -> list[Tensor]:
-    """The model's parameters that require gradients; a ValueError if there are none."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    if not params:
-        raise ValueError("model has no parameter that requires a gradient: unfreeze some, or pass another model")
-    return params

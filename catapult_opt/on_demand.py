@@ -13,7 +13,8 @@ from .checks import check_whole_number
 from .criterion import as_module, loss_of, scalar_loss
 from .curvature.engines import ENGINES, FINITE_DIFFERENCE
 from .link import LossCall, connect
-from .measure import CriticalLR, measure, trainable
+from .measure import CriticalLR, measure
+from .parameters import trainable
 from .replay import precise, preserved, record_forward, replay
 from .trees import map_tensors
 

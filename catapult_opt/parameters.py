@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .distributed import reshard
-from .measure import trainable
 
 
 def params_of(optimizer: Optimizer) -> list[Tensor]:
@@ -22,10 +21,19 @@ def parameter_names(model: nn.Module, params: Sequence[Tensor]) -> list[str]:
     return [names.get(id(p), "") for p in params]
 
 
+def trainable(model: nn.Module) -> list[Tensor]:
+    """The model's parameters that require gradients; a ValueError if there are none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise ValueError("model has no parameter that requires a gradient: unfreeze some, or pass another model")
+    return params
+
+
 def check_model(model: nn.Module, params: Sequence[Tensor]) -> None:
     """A ValueError unless the model holds all trainable parameters of the optimizer, and there are some."""
-    if isinstance(model, nn.Module):
-        reshard(model)  # a validation leaves gathered weights in place of the optimizer's
+    reshard(model)  # a validation leaves gathered weights in place of the optimizer's
     known = {id(p) for p in trainable(model)}
     if not any(p.requires_grad for p in params):
         raise ValueError("params: none of the parameters requires a gradient")

@@ -22,7 +22,7 @@ Batch = tuple[Any, Any]
 Base = Callable[[Any], Optimizer]
 
 # Whatever the policy does it does soon: some tens of steps pass through all of it.
-QUICK = CatapultPolicy(start=1.0, near=1.0, creep=0.2, hold=2, height=0.5)
+QUICK = CatapultPolicy(start=1.0, near=1.0, climb=0.5, creep=0.2, hold=2, height=0.5)
 BASES: dict[str, Base] = {
     "CatapultLR": lambda params: Adam(params, lr=0.01),
     "CatapultMonitor": lambda params: SGD(params, lr=0.01, momentum=0.5),

@@ -101,6 +101,8 @@ def _run(
         for handle in handles:
             handle.remove()
     used = [module for _, _, module in seen]
+    if not used:
+        raise NotLayerwise("no layer was seen: compiled code calls no hooks")
     if len(used) != len({id(m) for m in used}) or len(outputs) != 1:
         raise NotLayerwise("a layer is used twice, or there are several outputs")
     n = outputs[0].numel()

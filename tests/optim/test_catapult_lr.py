@@ -35,9 +35,9 @@ def adam(lr: float) -> Base:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_on_sgd_it_is_catapult_sgd_to_the_bit(momentum: float) -> None:
-    policy = CatapultPolicy(start=0.5, climb=0.5, creep=0.2, hold=1, rise=0.05)
-    one = train(sgd(0.3, momentum=momentum), policy=policy)
-    other = train(None, "CatapultSGD", momentum=momentum, policy=policy)
+    settings = {"policy": CatapultPolicy(start=0.5, climb=0.5, creep=0.05, hold=3, height=2.0), "every": 1}
+    one = train(sgd(0.3, momentum=momentum), **settings)
+    other = train(None, "CatapultSGD", momentum=momentum, **settings)
     for _ in range(120):
         assert one.step() == other.step()
         assert torch.equal(one.weights(), other.weights())
