@@ -40,6 +40,10 @@ _RUNNING_STATISTICS = ("running_mean", "running_var")
 MINI_BATCH_WINDOW = 20
 
 
+class _NoCurvature(MeasurementError):
+    """A batch that gives no critical rate, such as one of loss 0: no reason to stop a training, first step or not."""
+
+
 @dataclass(frozen=True)
 class Observation:
     """What a step saw before its update."""
@@ -144,11 +148,6 @@ class Observer:
     def engine(self) -> str:
         """How curvature is measured; "" before the first measured step has decided it."""
         return self._state.engine
-
-    @property
-    def batch_size(self) -> int | None:
-        """Samples of the first step's batch, over all processes; None where that is not known."""
-        return self._state.batch_size
 
     @property
     def repeated(self) -> bool:
@@ -311,29 +310,24 @@ class Observer:
                 max_matvecs=max_matvecs,
                 group=self.group,
             )
+            if not found.lambda_max > 0:
+                raise _NoCurvature(
+                    "the batch has no positive curvature, so that any rate would do: does the output depend on the "
+                    "weights at all, are all units dead, or is the loss 0?"
+                )
             self._step_size.relative = self.group.highest([self._step_size.relative])[0]
         except Exception as error:
-            if cold:
+            if cold and not isinstance(error, _NoCurvature):
                 raise
-            return self._failed(str(error), events)
-        if not found.lambda_max > 0:
-            return self._failed(
-                "the batch has no positive curvature, so that any rate would do: does the output depend on the weights "
-                "at all, are all units dead, or is the loss 0?",
-                events,
-            )
+            if str(error) not in self._reported:  # the others of this kind are counted in the log
+                self._reported.add(str(error))
+                message = f"step {self.step + 1} could not be measured, the last critical rate is kept: {error}"
+                warnings.warn(message, MeasurementWarning, stacklevel=4)
+            events.append(("measurement_failed", {"reason": str(error)}))
+            return None, None
         state.measured = True
         eta_crit = update.critical(found.lambda_max)
         return CriticalLR(**{**vars(found), "eta_crit": eta_crit}), vector
-
-    def _failed(self, reason: str, events: list[Event]) -> tuple[None, None]:
-        """Tell the user once of each kind of failure; the others are counted in the log."""
-        if reason not in self._reported:
-            self._reported.add(reason)
-            message = f"step {self.step + 1} could not be measured, the last critical rate is kept: {reason}"
-            warnings.warn(message, MeasurementWarning, stacklevel=5)
-        events.append(("measurement_failed", {"reason": reason}))
-        return None, None
 
     def _check_params(self) -> None:
         try:

@@ -269,7 +269,7 @@ def test_at_most_fourteen_settings_that_survive_copies() -> None:
     [
         ("phase", "hot"),
         ("phase", 1),
-        ("since", -1),
+        ("since", -2),
         ("since", 1.5),
         ("since", True),
         ("rate", math.nan),
