@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -69,6 +70,9 @@ class Controller:
         self.schedule = MeasurementSchedule(options, observer.group)
         self.memory = Memory(state)
         self.policy, self._machine = policy, Catapulter(policy)
+        # Did the user load other weights since the last step? A checkpoint's weights come with a state of ours.
+        self._reloaded, self._steps = False, 0
+        self._handle = observer.model.register_load_state_dict_post_hook(_OnLoad(self))  # type: ignore[no-untyped-call]
 
     @property
     def phase(self) -> str:
@@ -88,10 +92,15 @@ class Controller:
         if self.memory.in_place:
             raise RuntimeError("step() inside averaged(): leave it first, the averaged weights are not to be trained")
         observer, machine, memory = self.observer, self._machine, self.memory
-        start = memory.start(observer.params) if observer.measures_next else None
+        params = observer.params
+        start = memory.start(params) if observer.measures_next else None
         self.schedule.clock.start()
         seen = observer.observe(start, update, read=self.recorder.read, begin=self.recorder.begin, need_loss=True)
         assert seen.loss is not None
+        if self._reloaded:  # what was there before is never to come back
+            machine.begin_anew()
+            memory.average(params, observer.buffers(), 1.0)
+        self._reloaded, self._steps = False, self._steps + 1
         decision = machine.update(
             step=seen.step,
             loss=seen.loss,
@@ -99,7 +108,6 @@ class Controller:
             window=seen.window,
             squared_error=seen.squared_error,
         )
-        params = observer.params
         memory.prepare(params)
         if seen.vector is not None:
             memory.remember(params, seen.vector)
@@ -119,6 +127,10 @@ class Controller:
                 )
         return decision
 
+    def weights_were_loaded(self) -> None:
+        """Somebody put other weights into the model; where no step was made yet, a checkpoint's."""
+        self._reloaded = self._steps > 0
+
     def restore(self) -> None:
         """Put the averaged weights and buffers back into the model, for good.
 
@@ -137,6 +149,7 @@ class Controller:
 
     def close(self) -> None:
         """Remove the hooks and close the log."""
+        self._handle.remove()
         self.observer.detach()
         self.recorder.close()
 
@@ -179,7 +192,23 @@ class Controller:
         self._machine.take(state.policy)
         self.memory.take_buffers(state.buffers)
         self.observer.expect_moving(state.buffers)
+        self._reloaded, self._steps = False, 0
         self.observer.measure_next(self.schedule.next_is_measured(self.observer.step))
+
+
+class _OnLoad:
+    """A hook on loading a state dict that does not keep its controller alive, and is inert in a copy of the model."""
+
+    def __init__(self, controller: Controller | None = None) -> None:
+        self._controller = None if controller is None else weakref.ref(controller)
+
+    def __call__(self, module: nn.Module, keys: Any) -> None:
+        controller = None if self._controller is None else self._controller()
+        if controller is not None:
+            controller.weights_were_loaded()
+
+    def __reduce__(self) -> tuple[type[_OnLoad], tuple[()]]:
+        return _OnLoad, ()
 
 
 def _upgraded(state: dict[str, Any]) -> dict[str, Any]:

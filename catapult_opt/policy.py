@@ -33,6 +33,8 @@ _BLIND = 1e-3
 _TRUST = 10.0
 # On mini-batches the edge is a mean over about this many measurements, of its logarithm.
 _MEMORY = 4
+# Batches ordinarily differ by up to so much in the logarithm of their edge, as a standard deviation.
+_ORDINARY = 0.5
 # Level and spread are means over at least this many steps, and windows.
 _LEVEL_STEPS, _LEVEL_WINDOWS = 20, 5
 # A loss further off the level than so many spreads counts as so far off; below this part of a loss a rise is rounding.
@@ -185,8 +187,8 @@ class Catapulter:
 
     @property
     def eta_crit(self) -> float:
-        """The critical rate acted on."""
-        return math.exp(self._state.log_edge)
+        """The critical rate acted on: lower than the mean where that of the batches differs by much (few samples)."""
+        return math.exp(self._state.log_edge - max(0.0, self.spread - _ORDINARY))
 
     @property
     def spread(self) -> float:
@@ -210,6 +212,10 @@ class Catapulter:
         assert isinstance(state, _State)
         state.height = state.height or self.policy.height
         self._state = state
+
+    def begin_anew(self) -> None:
+        """Forget the losses and the phase, not the rate: somebody put other weights into the model."""
+        self._state.phase, self._state.losses, self._state.since = "calm", 0, -1
 
     def update(
         self,
@@ -285,7 +291,8 @@ class Catapulter:
         """
         s, p = self._state, self.policy
         spread = math.sqrt(s.var)
-        if s.since > window and s.mean - s.level > max(p.rise * spread, _ROUNDING * abs(loss)):
+        risen = s.since > window and s.mean - s.level > max(p.rise * spread, _ROUNDING * abs(loss))
+        if risen or (s.losses > window and loss - s.level > self._highest()):
             s.before = s.log_edge
             self._enter("spike")
             return
@@ -306,7 +313,7 @@ class Catapulter:
     def _spike(self, loss: float, window: int, catapults: bool) -> None:
         """Hold the rate while the loss is up: it is the spike that lowers the curvature (thesis ch. 3)."""
         s = self._state
-        height = (loss if window == 1 else s.mean) - s.level
+        height = max(loss, s.mean) - s.level
         if not catapults or s.since > max(self.policy.hold, window) or height > self._highest():
             s.rate *= 1.0 if catapults else _CUT
             self._enter("back")
@@ -331,14 +338,14 @@ class Catapulter:
     def _lost(self, loss: float, window: int) -> bool:
         """Is this loss beyond recovery: far above any spike, or given up above where the training began?
 
-        A calm training below the edge does not blow up: somebody put other weights in. Nor do weights just put back:
-        such is their loss. In both cases the losses begin anew.
+        Weights that were just put back are not to blame: such is the loss of this batch, and losses begin anew.
         """
         s = self._state
         highest = _FATAL * self._highest()
         if s.losses > 1 and loss - s.level > highest > 0:
-            if s.phase == "calm" and (s.since == 1 or (s.since > _SOON and s.rate < self.eta_crit)):
-                s.losses, s.since = 0, 0
+            if s.phase == "calm" and s.since == 1:
+                self.begin_anew()
+                s.since = 0
                 return False
             return True
         return s.phase == "back" and s.since > self._patience(window) and min(s.mean, loss) > s.first
