@@ -56,7 +56,7 @@ def _reproduce(chosen: Sequence[Artefact], options: argparse.Namespace, console:
 
 
 def _verdict(done: Reproduction) -> Table:
-    styles = {"holds": "green", "holds in part": "yellow", "fails": "red"}
+    styles = {"holds": "green", "holds in part": "yellow", "fails": "red", "undecided": "cyan"}
     verdict = done.verdict
     table = Table(title=f"{done.artefact.name}: {done.artefact.title}", title_justify="left", box=box.SIMPLE_HEAD,
                   show_header=False, pad_edge=False)  # fmt: skip

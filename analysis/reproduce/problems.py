@@ -5,15 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .artefact import Case, Record, Setting
+from .artefact import Case, Record, Result, Setting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SCALED", "cases", "draw_traces", "labels", "problem", "problem_of", "values"]
+__all__ = [
+    "BIASED",
+    "FITTED",
+    "SCALED",
+    "cases",
+    "draw_traces",
+    "labels",
+    "problem",
+    "problem_of",
+    "values",
+    "values_of",
+]
 
 
 SCALED = "Rates are the thesis' multiples of the critical rate, as the scale of its inputs is not printed."
+# The setting of Section 4.3 and Appendix C.2 that its printed critical rates fit (artefact critical-rates): those of
+# the FCNs and the Wide ResNet. Two of the CNN's fit standardised pixels.
+FITTED: dict[str, Any] = {"bias": "hidden", "pixels": "[-1, 1]"}
+BIASED: dict[str, Any] = {"bias": "hidden"}
 
 
 def problem_of(setting: Setting, case: Case) -> Setting:
@@ -30,6 +45,10 @@ def labels(records: Sequence[Record]) -> list[str]:
 
 def values(records: Sequence[Record], label: str, key: str) -> list[Any]:
     return [record["result"][key] for record in records if record["case"]["problem"] == label]
+
+
+def values_of(records: Sequence[Record], label: str) -> list[Result]:
+    return [record["result"] for record in records if record["case"]["problem"] == label]
 
 
 def draw_traces(records: list[Record], figure: Figure) -> None:

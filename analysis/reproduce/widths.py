@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ def width_study(
     setting: Setting,
     judge: Callable[[Families, Setting, list[Record]], Verdict] | None = None,
     draw: Callable[[list[Record], Figure], None] | None = None,
-    **texts: str,
+    **texts: Any,
 ) -> Artefact:
     """An artefact whose cases are families of networks at several sizes; every measure gets a network of its own.
 
