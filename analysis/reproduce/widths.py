@@ -204,6 +204,8 @@ def panel(ax: Axes, records: list[Record], key: str) -> None:
     """One measure against the width, mean and standard deviation over the seeds, with the slope of each family."""
     for i, family in enumerate(dict.fromkeys(r["case"]["family"] for r in records)):
         runs = [np.asarray(run) for run in runs_by_size(records, family, key).values()]
+        if not runs:  # measured on other families only
+            continue
         means = np.array([np.nanmean(run, axis=0) for run in runs])
         spread = np.array([np.nanstd(run[:, 1], ddof=1) if len(run) > 1 else 0.0 for run in runs])
         label = f"{family}: {slope(records, family, key).value:.2f}"
