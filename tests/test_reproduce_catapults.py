@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from catapult_opt.analysis import ntk as kernels
+from catapult_opt.analysis.datasets import DataSet
 from catapult_opt.analysis.networks import ntk_mlp
 from catapult_opt.analysis.reproduce import ARTEFACTS, catapults, feature_tasks, one_example, raised_rates, sgd
 from catapult_opt.analysis.reproduce.artefact import Data
 from catapult_opt.analysis.reproduce.real import real_task
-from catapult_opt.analysis.reproduce.tracing import Trace, episodes, rises, trace
+from catapult_opt.analysis.reproduce.tracing import Trace, episodes, examples, network, rises, trace
 from catapult_opt.analysis.reproduce.training import batches, train
 from catapult_opt.analysis.tasks import Split, full_rank, rank
 
@@ -140,6 +141,12 @@ def test_without_a_spike_nothing_is_decided():
     judge = KNOWN["fig-4.3"].judge
     assert judge({}, [spike_record(peak=1.1, returned=False)]).outcome == "undecided"
     assert judge({}, [spike_record(), spike_record("q", peak=1.1)]).outcome == "holds in part"
+
+
+def test_the_setting_beside_the_fitted_one_does_not_decide():
+    judge = KNOWN["fig-4.3"].judge
+    verdict = judge({}, [spike_record(), spike_record("p, no biases", returned=False)])
+    assert (verdict.outcome, verdict.why.split(".")[0]) == ("holds", "Beside it, p, no biases: fails")
 
 
 def test_the_critical_rate_of_several_outputs_is_the_printed_one():
@@ -335,6 +342,32 @@ def test_equal_validation_losses_at_the_rate_of_a_tenth():
     judge = KNOWN["fig-c.23"].judge
     assert judge({}, records(0.70, 0.75)).outcome == "holds"
     assert judge({}, records(0.5, 0.75)).outcome == "fails"
+
+
+# ---------------------------------------------------------------------------------------------------------- problems
+
+
+class Pictures(Data):
+    def load(self, name, classes=None, *, limit=None):
+        return DataSet(name, torch.rand(40, 3, 8, 8, generator=seeded(3)), torch.arange(40) % 2, (0, 1))
+
+
+def test_pixels_are_averaged_first_and_then_standardised_or_put_into_range():
+    problem = {"dataset": "cifar10", "classes": [0, 1], "image_size": 2}
+    (plain,) = examples(problem, 30, 0, Pictures())
+    assert float(plain.inputs.square().mean()) == pytest.approx(1, abs=0.02)  # q, which critical rates go by
+    (range_,) = examples({**problem, "pixels": "[-1, 1]"}, 30, 0, Pictures())
+    (whole,) = examples({**problem, "pixels": "[-1, 1]", "image_size": 8}, 30, 0, Pictures())
+    torch.testing.assert_close(range_.inputs, torch.nn.functional.avg_pool2d(whole.inputs, 4))
+    assert -1 <= float(whole.inputs.min()) < -0.9 < 0.9 < float(whole.inputs.max()) <= 1
+
+
+def test_a_problem_says_which_biases():
+    problem = {"dataset": "cifar10", "classes": [0, 1], "image_size": 2, "network": "fcn-3", "width": 8}
+    (train_,) = examples(problem, 30, 0, Pictures())
+    for bias, names in ((False, 0), ("hidden", 2), (True, 3)):
+        found = network({**problem, "bias": bias}, train_, 0)
+        assert sum(name.endswith("bias") for name, _ in found.named_parameters()) == names
 
 
 # -------------------------------------------------------------------------------------------------------- real runs

@@ -110,6 +110,7 @@ _FULL: Setting = {"n": 128, "image_size": 32, "widen": 10, "ten_classes": list(r
 ARTEFACTS = (
     Artefact(
         name="critical-rates",
+        cause="setting",
         title="The printed critical rates against candidate settings, at infinite width",
         source="Figures 4.3 and C.3 to C.5, Appendix C.6",
         claim="The critical rates at initialisation that the thesis prints are those of Appendix C.6's networks on 128 "

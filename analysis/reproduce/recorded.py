@@ -45,7 +45,8 @@ class Recorded:
         if self.verdict.outcome == "holds":
             return ""
         full = self.artefact.scales["full"]
-        whole = all(as_text(self.setting.get(key)) == as_text(value) for key, value in full.items() if key != "seeds")
+        keys = {*full, *self.setting} - {"seeds"}
+        whole = all(as_text(self.setting.get(key)) == as_text(full.get(key)) for key in keys)
         return self.artefact.cause or ("does not reproduce" if whole else "size")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from .artefact import Artefact
 from .recorded import Recorded, as_text
@@ -68,13 +69,24 @@ def _row(one: Recorded) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
+def _differences(name: str, ours: Any, full: Any) -> Iterator[str]:
+    """What departs from the thesis, each as deep in the setting as it lies."""
+    if as_text(ours) == as_text(full):
+        return
+    if isinstance(ours, Mapping) and isinstance(full, Mapping):
+        for key in dict.fromkeys([*ours, *full]):
+            yield from _differences(f"{name} {key}".strip(), ours.get(key), full.get(key))
+    elif isinstance(ours, list) and all(isinstance(one, Mapping) and "label" in one for one in [*ours, *full]):
+        known = {one["label"]: one for one in full}
+        for one in ours:
+            yield from _differences(one["label"], one, known.get(one["label"]))
+    else:
+        yield f"{name} {as_text(ours)} (thesis: {as_text(full)})"
+
+
 def _details(one: Recorded) -> str:
     artefact, verdict, full = one.artefact, one.verdict, one.artefact.scales["full"]
-    differs = [
-        f"{key} {as_text(one.setting.get(key))} (thesis: {as_text(full.get(key))})"
-        for key in sorted({*one.setting, *full})
-        if as_text(one.setting.get(key)) != as_text(full.get(key))
-    ]
+    differs = [*_differences("", one.setting, full)]
     made = one.made_with
     rows = {
         "Claim": artefact.claim,
