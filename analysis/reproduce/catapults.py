@@ -20,7 +20,7 @@ from .artefact import Artefact, Case, Data, Record, Result, Setting, Statements,
 from .problems import BIASED, FITTED, SCALED, cases, draw_traces, labels, problem, problem_of, values, values_of
 from .tracing import SPIKE, Trace, examples, network, trace
 
-__all__ = ["ARTEFACTS"]
+__all__ = ["ARTEFACTS", "TINY", "descent_problem", "scaled"]
 
 
 # ----------------------------------------------------------------------------------------------------------- one spike

@@ -32,7 +32,7 @@ from .widths import Family, generator, outcome, panel, width_study
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ARTEFACTS"]
+__all__ = ["ARTEFACTS", "SIZES", "TRAINING", "gaussian", "train_kernel_change", "whole_fcn"]
 
 
 def gaussian(setting: Setting, case: Case, n: int) -> Tensor:

@@ -18,7 +18,7 @@ from .artefact import Artefact, Cause, Record, Setting, Verdict
 from .runner import judged, without_curves
 from .store import Results, ResultsError
 
-__all__ = ["Recorded", "read", "read_one", "record"]
+__all__ = ["Recorded", "as_text", "read", "read_one", "record"]
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,13 @@ __all__ = [
     "Families",
     "Family",
     "Measure",
+    "draw_panels",
     "generator",
     "outcome",
     "panel",
     "runs_by_size",
     "slope",
+    "width_cases",
     "width_study",
 ]
 
