@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from catapult_opt.checks import check_whole_number
 
-from .layers import Bias
+from .layers import Bias, check_bias
 
 __all__ = ["infinite_cnn_ntk", "infinite_fcn_ntk"]
 
@@ -27,7 +27,7 @@ def infinite_fcn_ntk(inputs: Tensor, depth: int, *, bias: Bias = False) -> Tenso
         bias: as for `networks.mlp`: zero at the start and trained, in all layers, in "hidden" ones only, or none.
 
     Raises:
-        ValueError: depth below 1.
+        ValueError: depth below 1, or no such bias.
 
     Source: thesis Appendix C.6 for the network; Jacot, Gabriel and Hongler, "Neural tangent kernel", 2018, for the
     limit; Cho and Saul, "Kernel methods for deep learning", 2009, for the ReLU.
@@ -51,7 +51,7 @@ def infinite_cnn_ntk(images: Tensor, depth: int, *, bias: Bias = False) -> Tenso
         depth, bias: as there; depth at least 2.
 
     Raises:
-        ValueError: depth below 2.
+        ValueError: depth below 2, or no such bias.
 
     Source: thesis Appendix C.6; Arora et al., "On exact computation with an infinitely wide neural net", 2019.
 
@@ -79,6 +79,7 @@ def _infinite(kernel: Tensor, diagonal: Tensor, depth: int, bias: Bias, layer: C
     Args:
         kernel, diagonal: of the inputs, (..., n, n) and (..., n); the latter is exact where the norms are wanted.
     """
+    check_bias(bias)
     tangent = torch.zeros_like(kernel)
     for _ in range(depth - 1):
         kernel, diagonal = layer(kernel), layer(diagonal)

@@ -279,6 +279,8 @@ def test_infinite_kernels_refuse_depths_without_a_network():
         infinite_fcn_ntk(torch.ones(1, 2), 0)
     with pytest.raises(ValueError, match="depth must be at least 2, got 1"):
         infinite_cnn_ntk(torch.ones(1, 1, 2, 2), 1)
+    with pytest.raises(ValueError, match="bias must be True, False, None or 'hidden', got 'first'"):
+        infinite_fcn_ntk(torch.ones(1, 2), 2, bias="first")
 
 
 def test_match_rate():
@@ -287,3 +289,5 @@ def test_match_rate():
     assert math.isnan(match_rate([3, 2, 1], [0.1, 0.1], 0.5))
     with pytest.raises(ValueError, match="losses must be one more than rates, got 2 and 2"):
         match_rate([1, 2], [1, 2], 1)
+    with pytest.raises(ValueError, match="lr must be one number or one for each of the 2 rates, got 3"):
+        match_rate([1, 2, 3], [1, 2], [1, 1, 1])

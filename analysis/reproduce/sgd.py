@@ -115,7 +115,11 @@ def _judge_match(setting: Setting, records: list[Record]) -> Verdict:
             f"{label}: {percent(match)} % of {sum(values(records, label, 'rises'))} rises, {percent(height)} % of "
             f"their total height, {percent(others)} % of the other steps"
         )
-    return on_panels(panels, "super-critical are, of " + "; ".join(texts), SCALED)
+    tried = (
+        "Without biases and with standardised pixels the three are 82.1 ± 3.9, 81.1 ± 15.0 and 98.9 ± 1.9 % of the "
+        "rises (the CNN's of 42, at 64 channels); no setting tried gives the shallow network 90 %."
+    )
+    return on_panels(panels, "super-critical are, of " + "; ".join(texts), f"{SCALED} {tried}")
 
 
 def over_runs(found: Sequence[float], test: Callable[[float], bool]) -> list[bool | None]:
