@@ -178,9 +178,9 @@ _FOUR: dict[str, Any] = {"classes": [0, 2, 7, 9], "top": 20, "image_size": 8}
 _C5_SCALES = scaled(
     _C5,
     {"fcn-5": {**_FOUR, "width": 64, "steps": 8}, "cnn-5": {**_FOUR, "width": 16, "steps": 6}},
-    {"fcn-5": {**_FOUR, "width": 256, "steps": 25}, "cnn-5": {**_FOUR, "width": 64, "steps": 15}},
+    {"fcn-5": {**_FOUR, "image_size": 32, "steps": 25}, "cnn-5": {**_FOUR, "width": 64, "steps": 15}},
 )
-_C5_SCALES["recorded"] = {**_C5_SCALES["recorded"], "n": 64, "seeds": 2}
+_C5_SCALES["recorded"] = {**_C5_SCALES["recorded"], "seeds": 2}
 
 
 # -------------------------------------------------------------------------------------------------------- many spikes
