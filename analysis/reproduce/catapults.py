@@ -16,8 +16,20 @@ import numpy as np
 from catapult_opt.catapults import is_super_critical
 
 from ..ntk import critical_rate, ntk
-from .artefact import Artefact, Case, Data, Record, Result, Setting, Statements, Verdict, mean_sd, on_panels
-from .problems import BIASED, FITTED, SCALED, cases, draw_traces, labels, problem, problem_of, values, values_of
+from .artefact import Artefact, Case, Data, Record, Result, Setting, Statements, Verdict, mean_sd
+from .problems import (
+    BESIDE,
+    BIASED,
+    FITTED,
+    cases,
+    draw_traces,
+    fitted_verdict,
+    labels,
+    problem,
+    problem_of,
+    values,
+    values_of,
+)
 from .tracing import SPIKE, Trace, examples, network, trace
 
 __all__ = ["ARTEFACTS", "TINY", "descent_problem", "scaled"]
@@ -71,12 +83,11 @@ def spike(found: Trace) -> Result:
 def _judge_spike(setting: Setting, records: list[Record]) -> Verdict:
     """Of a run without a spike nothing is decided, and the setting beside the fitted one does not decide the figure."""
     panels: dict[str, Statements] = {}
-    beside: dict[str, Statements] = {}
     texts = []
     for label in labels(records):
         rows = values_of(records, label)
         spikes = [r["peak"] > SPIKE * r["before"] for r in rows]
-        (beside if label.endswith(_BESIDE) else panels)[label] = {
+        panels[label] = {
             "a spike of at least a fifth": [flag or None for flag in spikes],
             **{
                 text: [test(r) if flag else None for r, flag in zip(rows, spikes, strict=True)]
@@ -92,11 +103,9 @@ def _judge_spike(setting: Setting, records: list[Record]) -> Verdict:
             f"eigenspace, rest rises by at most {mean_sd([100 * v for v in values(records, label, 'rest_rise')], 0)} "
             f"%, norm times {mean_sd(values(records, label, 'norm_ratio'))}"
         )
-    also = [f"Beside it, {label}: {on_panels({label: found}, '').outcome}." for label, found in beside.items()]
-    return on_panels(panels, "; ".join(texts), " ".join([*also, SCALED]))
+    return fitted_verdict(panels, "; ".join(texts))
 
 
-_BESIDE = ", no biases"  # Section 4.4's setting
 _OF_A_SPIKE: dict[str, Callable[[Result], bool]] = {
     "the loss comes back": lambda r: r["returned"],
     "at least 90 % of the rise lies in the top eigenspace": lambda r: r["top_share"] >= 0.9,
@@ -140,7 +149,7 @@ _SPIKE_FULL: Setting = {
     "n": 128, "seeds": 3,
     "problems": [
         descent_problem("fcn-5", "cifar10", 1.67, **FITTED),
-        descent_problem("fcn-5", "cifar10", 1.67, label=f"fcn-5 on CIFAR-2{_BESIDE}"),
+        descent_problem("fcn-5", "cifar10", 1.67, label=f"fcn-5 on CIFAR-2{BESIDE}"),
         descent_problem("cnn-5", "cifar10", 1.78, **FITTED),
     ],
 }  # fmt: skip
