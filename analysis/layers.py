@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 Bias = bool | Literal["hidden"] | None
 
-__all__ = ["Bias", "Layers", "NTKConv2d", "NTKLinear", "whole_size"]
+__all__ = ["Bias", "Layers", "NTKConv2d", "NTKLinear", "check_bias", "whole_size"]
 
 
 class NTKLinear(nn.Module):
@@ -121,8 +121,7 @@ class Layers:
     def __init__(self, parameterization: str, bias: Bias, generator: torch.Generator | None) -> None:
         if parameterization not in ("ntk", "torch"):
             raise ValueError(f"parameterization must be 'ntk' or 'torch', got {parameterization!r}")
-        if not (bias is None or isinstance(bias, bool) or bias == "hidden"):
-            raise ValueError(f"bias must be True, False, None or 'hidden', got {bias!r}")
+        check_bias(bias)
         self.ntk = parameterization == "ntk"
         choice = not self.ntk if bias is None else bias
         self.bias, self.output_bias = bool(choice), choice is True
@@ -147,6 +146,11 @@ class Layers:
             for p in layer.parameters():
                 p.uniform_(-bound, bound, generator=self.generator)
         return layer
+
+
+def check_bias(bias: object) -> None:
+    if not (bias is None or isinstance(bias, bool) or bias == "hidden"):
+        raise ValueError(f"bias must be True, False, None or 'hidden', got {bias!r}")
 
 
 def whole_size(name: str, value: int) -> int:

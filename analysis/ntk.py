@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from catapult_opt import critical_lr
 from catapult_opt.catapults import is_super_critical
 from catapult_opt.checks import check_whole_number
-from catapult_opt.curvature.gram import NotLayerwise, gram_kernel
-from catapult_opt.parameters import trainable
-from catapult_opt.replay import preserved, record_forward, replay
+from catapult_opt.measure import trainable
+from catapult_opt.replay import preserved
 
-from .layers import Bias
+from .infinite_width import infinite_cnn_ntk, infinite_fcn_ntk
+from .layers import NTKConv2d, NTKLinear
 
 __all__ = [
     "Eigenspaces",
@@ -38,10 +38,11 @@ def ntk(model: nn.Module, inputs: Tensor, *, memory: float = 1e9) -> Tensor:
     ``J`` is the Jacobian of all outputs with respect to all parameters that require gradients; its rows are ordered by
     sample, then by output, as ``model(inputs).flatten()`` is. No reduction factor: ``J J^T`` itself.
 
-    Networks of linear layers with one output are done layer by layer from activations and output gradients, without
-    forming J. All others by rows of J, a group of parameters and, where one parameter's rows of all samples are still
-    too many, a block of samples at a time. The mode (train or eval) is the model's present one: BatchNorm in train mode
-    makes outputs depend on all samples, and so does then J. Put models with dropout in eval mode.
+    Networks of linear layers and convolutions are done layer by layer from activations and output gradients, linear
+    layers without forming J. All others by rows of J, a group of parameters and, where one parameter's rows of all
+    samples are still too many, a block of samples at a time. The mode (train or eval) is the model's present one:
+    BatchNorm in train mode makes outputs depend on all samples, and so does then J. Put models with dropout in eval
+    mode.
 
     Parameters, gradients, buffers, random state and modes are left as they were.
 
@@ -73,8 +74,8 @@ def ntk(model: nn.Module, inputs: Tensor, *, memory: float = 1e9) -> Tensor:
         joint = _batch_statistics(model)
         if not joint:
             try:
-                return _layerwise(model, inputs, params)
-            except NotLayerwise:
+                return _layerwise(model, inputs, params, memory)
+            except _NotLayerwise:
                 pass
         rows = _Rows(model, inputs, joint)
         return _by_rows(rows, params, memory)
@@ -86,10 +87,91 @@ def _batch_statistics(model: nn.Module) -> bool:
     return any(isinstance(m, kinds) and (m.training or m.running_mean is None) for m in model.modules())
 
 
-def _layerwise(model: nn.Module, inputs: Tensor, params: Sequence[Tensor]) -> Tensor:
-    forward = record_forward(model, params, (inputs,), {})
-    forward.finish(replay(model, forward))
-    return gram_kernel(model, params, forward)
+class _NotLayerwise(Exception):
+    """The model does not consist of linear layers and convolutions that are each used once."""
+
+
+def _layerwise(model: nn.Module, inputs: Tensor, params: Sequence[Tensor], memory: float) -> Tensor:
+    """With layers z = s W a + b and B the gradient of an output with respect to z, a layer's share is <B a^T, B a^T>.
+
+    One forward pass and one backward pass for each output of a sample, all samples together. For linear layers the
+    share is the product of the inputs' and the gradients' inner products, and no row of J is formed; for convolutions
+    rows are formed, for some channels at a time.
+    """
+    wanted = {id(p) for p in params}
+    owners = [m for m in model.modules() if any(id(p) in wanted for p in m.parameters(recurse=False))]
+    owned = [id(p) for m in owners for p in m.parameters(recurse=False)]
+    if not all(_is_plain(m) for m in owners) or len(set(owned)) < len(owned):
+        raise _NotLayerwise
+    seen: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], z: Tensor) -> None:
+        seen.append((module, args[0].detach(), z))
+
+    handles = [m.register_forward_hook(keep) for m in owners]
+    try:
+        with torch.enable_grad():
+            outputs = _checked(model(inputs), inputs).flatten(1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    dims = {2: (nn.Linear, NTKLinear), 4: (nn.Conv2d, NTKConv2d)}
+    # A layer that torch.func runs hides its outputs from autograd.
+    usual = [isinstance(m, dims.get(a.ndim, ())) and len(a) == len(inputs) and z.requires_grad for m, a, z in seen]
+    if len(seen) != len(owners) or not all(usual):
+        raise _NotLayerwise
+    n, k = outputs.shape
+    zs = [z for *_, z in seen]
+    pulled = [
+        torch.autograd.grad(outputs[:, c].sum(), zs, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for c in range(k)
+    ]
+    kernel = outputs.new_zeros(n * k, n * k)
+    for (module, a, _), *gradients in zip(seen, *pulled, strict=True):
+        b = torch.stack(gradients, 1).flatten(0, 1)  # (n k, ...): rows by sample, then output
+        trained = {name: id(p) in wanted for name, p in module.named_parameters(recurse=False)}
+        if trained.get("bias"):
+            sums = b if b.ndim == 2 else b.sum((2, 3))
+            kernel += sums @ sums.T
+        if trained["weight"]:
+            kernel += _of_weights(module, a, b, k, memory)
+    return kernel.detach()
+
+
+def _of_weights(module: nn.Module, a: Tensor, b: Tensor, k: int, memory: float) -> Tensor:
+    if isinstance(module, (nn.Linear, NTKLinear)):
+        scale = 1.0 if isinstance(module, nn.Linear) else 1 / module.in_features
+        inner = (a @ a.T * scale).repeat_interleave(k, 0).repeat_interleave(k, 1)
+        return inner * (b @ b.T)
+    assert isinstance(module, (nn.Conv2d, NTKConv2d))
+    scale = 1.0 if isinstance(module, nn.Conv2d) else module.scale
+    assert not isinstance(module.padding, str)
+    patches = F.unfold(a, module.kernel_size, padding=module.padding, stride=module.stride) * scale  # (n, 9 c, places)
+    b = b.reshape(len(a), k, b.shape[1], -1)
+    step = max(1, int(memory / (b.element_size() * len(a) * k * patches.shape[1])))
+    kernel = b.new_zeros(len(a) * k, len(a) * k)
+    for part in torch.split(b, step, dim=2):
+        rows = torch.einsum("nkcl,nfl->nkcf", part, patches).reshape(len(kernel), -1)
+        kernel.addmm_(rows, rows.T)
+    return kernel
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """A linear layer or a convolution whose patches `unfold` gives."""
+    if type(module) is nn.Conv2d:
+        usual = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return usual and module.groups == 1 and set(module.dilation) == {1}
+    return type(module) in (nn.Linear, NTKLinear, NTKConv2d)
+
+
+def _checked(outputs: object, inputs: Tensor) -> Tensor:
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        raise TypeError("model must return a floating-point tensor: wrap it in a module that does")
+    if outputs.ndim == 0 or len(outputs) != len(inputs):
+        raise ValueError(
+            f"model must return one row per sample, got shape {tuple(outputs.shape)} for {len(inputs)} samples"
+        )
+    return outputs
 
 
 class _Rows:
@@ -102,14 +184,7 @@ class _Rows:
         self.k = first.numel()
 
     def _outputs(self, x: Tensor) -> Tensor:
-        outputs = self.model(x)
-        if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
-            raise TypeError("model must return a floating-point tensor: wrap it in a module that does")
-        if outputs.ndim == 0 or len(outputs) != len(x):
-            raise ValueError(
-                f"model must return one row per sample, got shape {tuple(outputs.shape)} for {len(x)} samples"
-            )
-        return outputs
+        return _checked(self.model(x), x)
 
     def __call__(self, samples: range, group: Sequence[Tensor]) -> Tensor:
         """(len(samples) k, number of parameters in the group)."""
@@ -159,82 +234,6 @@ def _groups(params: Sequence[Tensor], count: int, memory: float) -> Iterator[lis
         group.append(p)
         size += needed
     yield group
-
-
-def infinite_fcn_ntk(inputs: Tensor, depth: int, *, bias: Bias = False) -> Tensor:
-    """The tangent kernel (n, n) that `networks.mlp` in NTK parameterisation with one output has at infinite width.
-
-    Networks of k outputs have it k times: theirs is this one times the identity (k, k).
-
-    Args:
-        inputs: (n, ...), flattened; in float64 for exact results.
-        depth: weight layers, at least 1.
-        bias: as for `networks.mlp`: zero at the start and trained, in all layers, in "hidden" ones only, or none.
-
-    Raises:
-        ValueError: depth below 1.
-
-    Source: thesis Appendix C.6 for the network; Jacot, Gabriel and Hongler, "Neural tangent kernel", 2018, for the
-    limit; Cho and Saul, "Kernel methods for deep learning", 2009, for the ReLU.
-
-    >>> infinite_fcn_ntk(torch.eye(2), depth=2).round(decimals=4)  # on the diagonal |x|^2 / d
-    tensor([[0.5000, 0.0796],
-            [0.0796, 0.5000]])
-    """
-    check_whole_number("depth", depth)
-    x = inputs.flatten(1)
-    return _infinite(x @ x.T / x.shape[1], x.square().mean(1), depth, bias, lambda kernel: kernel)
-
-
-def infinite_cnn_ntk(images: Tensor, depth: int, *, bias: Bias = False) -> Tensor:
-    """As `infinite_fcn_ntk`, of `networks.cnn`: ``depth - 1`` 3x3 convolutions and a linear layer on all positions.
-
-    As there is no pooling, only outputs at the same position correlate: n^2 h w numbers are kept.
-
-    Args:
-        images: (n, channels, h, w).
-        depth, bias: as there; depth at least 2.
-
-    Raises:
-        ValueError: depth below 2.
-
-    Source: thesis Appendix C.6; Arora et al., "On exact computation with an infinitely wide neural net", 2019.
-
-    >>> infinite_cnn_ntk(torch.ones(1, 1, 1, 1), depth=2)  # one pixel: eight of nine weights see the padding
-    tensor([[0.1111]])
-    """
-    check_whole_number("depth", depth)
-    if depth < 2:
-        raise ValueError(f"depth must be at least 2, got {depth}")
-    n, channels, h, w = images.shape
-    x = images.permute(2, 3, 0, 1).reshape(h * w, n, channels)
-
-    def patches(kernel: Tensor) -> Tensor:
-        """The mean over the 3x3 places that a filter sees, zero beyond the border, of (h w, ...)."""
-        maps = kernel.reshape(h, w, -1).permute(2, 0, 1).unsqueeze(1)
-        return F.avg_pool2d(maps, 3, 1, 1).squeeze(1).permute(1, 2, 0).reshape(kernel.shape)
-
-    kernel = _infinite(x @ x.mT / channels, x.square().mean(2), depth, bias, patches)
-    return kernel.mean(0)
-
-
-def _infinite(kernel: Tensor, diagonal: Tensor, depth: int, bias: Bias, layer: Callable[[Tensor], Tensor]) -> Tensor:
-    """Covariances of the layers' outputs and the tangent kernel, layer after layer; ``layer`` sums over its inputs.
-
-    Args:
-        kernel, diagonal: of the inputs, (..., n, n) and (..., n); the latter is exact where the norms are wanted.
-    """
-    tangent = torch.zeros_like(kernel)
-    for _ in range(depth - 1):
-        kernel, diagonal = layer(kernel), layer(diagonal)
-        tangent = kernel + float(bool(bias)) + layer(tangent)
-        norms = (diagonal.unsqueeze(-1) * diagonal.unsqueeze(-2)).sqrt()
-        cosine = (kernel / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(-1, 1)
-        angle = cosine.arccos()
-        active = (math.pi - angle) / (2 * math.pi)  # E of the product of the ReLUs' derivatives
-        kernel = norms * ((1 - cosine.square()).sqrt() / (2 * math.pi) + active * cosine)
-        diagonal, tangent = diagonal / 2, tangent * active
-    return kernel + tangent + float(bias is True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -271,6 +271,7 @@ def _add_reproduce(commands: Any) -> None:
         type=Path,
         help="folder for results (default: runs/reproduce[-quick|-full])",
     )
+    command.add_argument("--compare", metavar=("A.json", "B.json"), nargs=2, type=Path, help="two recorded results")
     command.add_argument(
         "--results",
         metavar="DIR",

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
-__all__ = ["DAG", "Ids", "vertex_ids"]
+__all__ = ["DAG", "Ids", "Integers", "vertex_ids"]
 
 Integers = npt.NDArray[np.int64]
 Ids = Sequence[int] | npt.NDArray[Any]

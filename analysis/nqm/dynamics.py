@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "Array",
     "Trajectory",
     "matrix_step",
     "one_dimensional_step",

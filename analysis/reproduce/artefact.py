@@ -19,14 +19,17 @@ __all__ = [
     "SCALES",
     "Artefact",
     "Case",
+    "Cause",
     "Data",
     "Outcome",
     "Record",
     "Result",
     "Setting",
+    "Statements",
     "Verdict",
     "graded",
     "mean_sd",
+    "on_panels",
     "verdict_on",
 ]
 
@@ -34,7 +37,8 @@ Setting = Mapping[str, Any]  # plain JSON values; "seeds" is the number of repet
 Case = dict[str, Any]  # plain JSON values, with "seed"
 Result = dict[str, Any]  # plain JSON values; what stands under "curves" is for the panel only
 Record = dict[str, Any]  # {"case": Case, "result": Result, "seconds": float}
-Outcome = Literal["holds", "holds in part", "fails"]
+Outcome = Literal["holds", "holds in part", "fails", "undecided"]
+Cause = Literal["", "setting", "size", "verdict", "does not reproduce"]
 
 SCALES = ("quick", "recorded", "full")
 
@@ -74,6 +78,7 @@ class Artefact:
     run: Callable[[Setting, Case, Data], Result]
     judge: Callable[[Setting, list[Record]], Verdict]
     draw: Callable[[list[Record], Figure], None]
+    cause: Cause = ""  # why a verdict is not "holds", where it is known; else the size, or it does not reproduce
     shares: str = ""  # an artefact with the same scales and run: both keep their results in its folder
 
     def __post_init__(self) -> None:
@@ -114,3 +119,42 @@ def verdict_on(shown: Mapping[str, bool], measured: str) -> Verdict:
     missing = [f"not: {what}" for what, yes in shown.items() if not yes]
     outcome: Outcome = "holds" if not missing else "fails" if len(missing) == len(shown) else "holds in part"
     return Verdict(outcome, measured, "; ".join(missing))
+
+
+Statements = Mapping[str, Sequence[bool | None]]  # a statement: whether it is true of every run; None: undecided there
+
+
+def on_panels(panels: Mapping[str, Statements], measured: str, note: str = "") -> Verdict:
+    """Every panel by its own runs, then the figure, so that one network does not decide another.
+
+    A panel holds if every statement is true of all the runs that decide it, in part if of at least half of them, and
+    fails otherwise; it is undecided if a statement is decided by no run and the others are true. The figure holds if
+    all panels do, fails if all that are decided do, and is undecided if none is decided.
+    """
+    outcomes: list[Outcome] = []
+    why = []
+    for label, statements in panels.items():
+        shares: dict[str, float] = {}
+        for text, found in statements.items():
+            decided = [flag for flag in found if flag is not None]
+            shares[text] = sum(decided) / len(decided) if decided else math.nan
+            if decided and not all(decided):
+                why.append(f"{label}: not in {len(decided) - sum(decided)} of {len(decided)} runs: {text}.")
+            elif not decided:
+                why.append(f"{label}: undecided: {text}.")
+        known = [value for value in shares.values() if not math.isnan(value)]
+        if any(value < 0.5 for value in known):
+            outcomes.append("fails")
+        elif any(value < 1 for value in known):
+            outcomes.append("holds in part")
+        else:
+            outcomes.append("holds" if len(known) == len(shares) else "undecided")
+    decided_ones = {outcome for outcome in outcomes if outcome != "undecided"}
+    figure: Outcome = "holds in part"
+    if not decided_ones:
+        figure = "undecided"
+    elif len(set(outcomes)) == 1 or decided_ones == {"fails"}:
+        figure = decided_ones.pop()
+    by_panel = ", ".join(f"{label} {outcome}" for label, outcome in zip(panels, outcomes, strict=True))
+    parts = [*([f"By panel: {by_panel}."] if len(panels) > 1 else []), *why, note]
+    return Verdict(figure, measured, " ".join(parts).strip())

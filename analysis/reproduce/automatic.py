@@ -20,7 +20,7 @@ from catapult_opt import CatapultMonitor, CatapultPolicy, CatapultSGD
 from ..agop import agop, alignment
 from ..tasks import RegressionTask
 from .artefact import Artefact, Case, Data, Record, Result, Setting, Verdict, graded, mean_sd
-from .features import FIG48_TASKS, task_and_model
+from .feature_tasks import FIG48_TASKS, task_and_model
 from .training import mse
 
 if TYPE_CHECKING:

@@ -13,17 +13,25 @@ from rich.table import Table
 from ..datasets import Data, DataError
 from . import ARTEFACTS, recorded
 from .artefact import Artefact
+from .compare import comparison
+from .results_page import markdown
 from .runner import Reproduction, UnknownArtefact, find, reproduce
 from .store import ResultsError
 
 __all__ = ["run"]
+
+_STYLES = {"holds": "green", "holds in part": "yellow", "fails": "red", "undecided": "cyan"}
 
 
 def run(options: argparse.Namespace, console: Console, errors: Console) -> int:
     """Exit status: 0; 1 if a verdict is "fails"; 2 if something could not be run."""
     try:
         if options.list:
-            console.print(_listed(ARTEFACTS))
+            console.print(_listed(ARTEFACTS, options.into / "results"))
+            return 0
+        if options.compare is not None:
+            for table in comparison(*(recorded.read_one(path, ARTEFACTS) for path in options.compare)):
+                console.print(table)
             return 0
         if options.results is not None:
             return _record(options.results, options.into, errors)
@@ -56,7 +64,6 @@ def _reproduce(chosen: Sequence[Artefact], options: argparse.Namespace, console:
 
 
 def _verdict(done: Reproduction) -> Table:
-    styles = {"holds": "green", "holds in part": "yellow", "fails": "red"}
     verdict = done.verdict
     table = Table(title=f"{done.artefact.name}: {done.artefact.title}", title_justify="left", box=box.SIMPLE_HEAD,
                   show_header=False, pad_edge=False)  # fmt: skip
@@ -66,7 +73,7 @@ def _verdict(done: Reproduction) -> Table:
         "claim": done.artefact.claim,
         "thesis": done.artefact.printed or "no number printed",
         "ours": verdict.measured,
-        "verdict": f"[{styles[verdict.outcome]}]{verdict.outcome}[/]",
+        "verdict": f"[{_STYLES[verdict.outcome]}]{verdict.outcome}[/]",
         "because": verdict.why,
         "source": done.artefact.source,
     }
@@ -76,13 +83,17 @@ def _verdict(done: Reproduction) -> Table:
     return table
 
 
-def _listed(artefacts: Sequence[Artefact]) -> Table:
+def _listed(artefacts: Sequence[Artefact], folder: Path) -> Table:
+    """With the verdicts of the recorded results, where they lie in ``folder``: in the repository."""
+    verdicts = {one.artefact.name: one.verdict.outcome for one in recorded.read(folder, artefacts)}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("name", no_wrap=True, style="bold")
-    table.add_column("what it shows", overflow="fold")
-    table.add_column("source", overflow="fold")
+    for column in ("what it shows", "source", *(["recorded verdict"] if verdicts else [])):
+        table.add_column(column, overflow="fold")
     for artefact in artefacts:
-        table.add_row(artefact.name, artefact.title.replace("[", r"\["), artefact.source.replace("[", r"\["))
+        cells = [artefact.title.replace("[", r"\["), artefact.source.replace("[", r"\[")]
+        outcome = verdicts.get(artefact.name)
+        table.add_row(artefact.name, *cells, *([f"[{_STYLES[outcome]}]{outcome}[/]"] if outcome else []))
     return table
 
 
@@ -93,7 +104,7 @@ def _record(out: str, into: Path, errors: Console) -> int:
     problems = recorded.record(Path(out), into / "results", ARTEFACTS) if out else []
     for sentence in problems:
         errors.print(f"not recorded: {sentence}", style="yellow", markup=False, soft_wrap=True)
-    text = recorded.markdown(recorded.read(into / "results", ARTEFACTS), ARTEFACTS)
+    text = markdown(recorded.read(into / "results", ARTEFACTS), ARTEFACTS)
     (into / "RESULTS.md").write_text(text, encoding="utf-8")
     errors.print(f"Wrote {into / 'RESULTS.md'}", markup=False, highlight=False, soft_wrap=True)
     return 0

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..ntk import critical_rate, critical_rates, ntk
-from .artefact import Artefact, Case, Data, Record, Result, Setting, Verdict, mean_sd
-from .catapults import cases, graded, labels, problem_of, values
+from .artefact import Artefact, Case, Data, Record, Result, Setting, Verdict, graded, mean_sd
+from .problems import cases, labels, problem_of, values
 from .sgd import CIFAR, CNN, FCN, SHALLOW, percent, scales
 from .tracing import examples, network
 from .training import batches

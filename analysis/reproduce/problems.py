@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .artefact import Case, Record, Setting
+from .artefact import Case, Record, Result, Setting, Statements, Verdict, on_panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SCALED", "cases", "draw_traces", "labels", "problem", "problem_of", "values"]
+__all__ = [
+    "BESIDE",
+    "BIASED",
+    "FITTED",
+    "SCALED",
+    "cases",
+    "draw_traces",
+    "fitted_verdict",
+    "labels",
+    "problem",
+    "problem_of",
+    "values",
+    "values_of",
+]
 
 
 SCALED = "Rates are the thesis' multiples of the critical rate, as the scale of its inputs is not printed."
+# The setting of Section 4.3 and Appendix C.2 that its printed critical rates fit (artefact critical-rates): those of
+# the FCNs and the Wide ResNet. Two of the CNN's fit standardised pixels.
+FITTED: dict[str, Any] = {"bias": "hidden", "pixels": "[-1, 1]"}
+BIASED: dict[str, Any] = {"bias": "hidden"}
+
+
+BESIDE = ", no biases"  # ends the label of a problem in Section 4.4's setting, which is shown beside the fitted one
+
+
+def fitted_verdict(panels: Mapping[str, Statements], measured: str, note: str = SCALED) -> Verdict:
+    """`on_panels` by the fitted setting; how those beside it come out is said."""
+    beside = {label: found for label, found in panels.items() if label.endswith(BESIDE)}
+    also = [f"Beside it, {label}: {on_panels({label: found}, '').outcome}." for label, found in beside.items()]
+    fitted = {label: found for label, found in panels.items() if label not in beside}
+    return on_panels(fitted, measured, " ".join([*also, note]))
 
 
 def problem_of(setting: Setting, case: Case) -> Setting:
@@ -30,6 +58,10 @@ def labels(records: Sequence[Record]) -> list[str]:
 
 def values(records: Sequence[Record], label: str, key: str) -> list[Any]:
     return [record["result"][key] for record in records if record["case"]["problem"] == label]
+
+
+def values_of(records: Sequence[Record], label: str) -> list[Result]:
+    return [record["result"] for record in records if record["case"]["problem"] == label]
 
 
 def draw_traces(records: list[Record], figure: Figure) -> None:

@@ -24,7 +24,7 @@ from .artefact import Artefact, Case, Data, Record, Result, Setting, Verdict, me
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ARTEFACTS"]
+__all__ = ["ARTEFACTS", "Kernel", "case_generator", "descend", "smaller_scales", "top_eigenvalue"]
 
 Kernel = Callable[[], Tensor]
 

@@ -23,8 +23,7 @@ from ..nqm import (
 from ..tasks import Split
 from .artefact import Artefact, Case, Data, Record, Result, Setting, Verdict, mean_sd, verdict_on
 from .quadratic import Kernel, case_generator, descend, smaller_scales, top_eigenvalue
-from .quadratic_networks import cnn_kernel
-from .quadratic_test_loss import in_span, two_layer_cnn
+from .quadratic_networks import cnn_kernel, in_span, two_layer_cnn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -23,7 +23,7 @@ from .artefact import Artefact, Case, Data, Record, Result, Setting, Verdict, me
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ARTEFACTS"]
+__all__ = ["ARTEFACTS", "EXPONENT", "exact_scales"]
 
 EXPONENT = 0.9  # "of order at least x": the fitted exponent's confidence interval lies above this
 

@@ -1,4 +1,4 @@
-"""The results that the repository keeps, and RESULTS.md written from them."""
+"""The results that the repository keeps."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from catapult_opt import __version__
 from catapult_opt.runlog import decode, encode
 
-from .artefact import Artefact, Record, Setting, Verdict
-from .runner import command, judged, without_curves
+from .artefact import Artefact, Cause, Record, Setting, Verdict
+from .runner import judged, without_curves
 from .store import Results, ResultsError
 
-__all__ = ["Recorded", "markdown", "read", "record"]
+__all__ = ["Recorded", "as_text", "read", "read_one", "record"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,20 @@ class Recorded:
 
     @property
     def verdict(self) -> Verdict:
-        return judged(self.artefact, self.setting, self.records)
+        try:
+            return judged(self.artefact, self.setting, self.records)
+        except KeyError as missing:
+            raise ResultsError(f"{self.artefact.name}: recorded without {missing}; run and record it again") from None
+
+    @property
+    def cause(self) -> Cause:
+        """Why the verdict is not "holds": what the artefact declares, else its size, if that is not the thesis'."""
+        if self.verdict.outcome == "holds":
+            return ""
+        full = self.artefact.scales["full"]
+        keys = {*full, *self.setting} - {"seeds"}
+        whole = all(as_text(self.setting.get(key)) == as_text(full.get(key)) for key in keys)
+        return self.artefact.cause or ("does not reproduce" if whole else "size")
 
 
 def record(out: Path, folder: Path, artefacts: Sequence[Artefact]) -> list[str]:
@@ -76,67 +89,30 @@ def read(folder: Path, artefacts: Sequence[Artefact]) -> list[Recorded]:
         path = folder / f"{artefact.name}.json"
         if not path.exists():
             continue
-        content = _load(path)
-        found.append(
-            Recorded(
-                artefact, content["scale"], content["setting"], content["records"], content["seconds"],
-                content["made_with"],
-            )
-        )  # fmt: skip
+        found.append(read_one(path, artefacts))
     return found
 
 
-def markdown(recorded: Sequence[Recorded], artefacts: Sequence[Artefact]) -> str:
-    """RESULTS.md: a row per recorded artefact, how each setting departs from the thesis', and what was not run."""
-    counts = dict.fromkeys(("holds", "holds in part", "fails"), 0)
-    rows, notes = [], []
-    for one in recorded:
-        verdict = one.verdict
-        counts[verdict.outcome] += 1
-        name = one.artefact.name
-        cells = [
-            f"[{name}](#{name.replace('.', '')})", one.artefact.claim, one.artefact.printed or "none printed",
-            verdict.measured, f"**{verdict.outcome}**", f"`{command(one.artefact, one.scale, one.setting['seeds'])}`",
-        ]  # fmt: skip
-        rows.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
-        notes.append(_note(one, verdict))
-    done = {one.artefact.name for one in recorded}
-    missing = [artefact.name for artefact in artefacts if artefact.name not in done]
-    parts = [
-        "# Results",
-        "Every artefact of the thesis that was run here, with what the thesis states and what came out. Written by "
-        "`catapult-opt reproduce --results` from the files in `results/`; not edited by hand.",
-        ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) + f", of {len(recorded)} run.",
-        "Ours are mean ± standard deviation over seeds, on CPU. Settings smaller than the thesis' say so below; "
-        "`--full` runs the thesis' own.",
-        "| artefact | claim | thesis | ours | verdict | command |\n| --- | --- | --- | --- | --- | --- |\n"
-        + "\n".join(rows),
-        *notes,
-    ]
-    if missing:
-        parts.append("## Not run\n\nDeclared, but without recorded results: " + ", ".join(missing) + ".")
-    return "\n\n".join(parts) + "\n"
+def read_one(path: Path, artefacts: Sequence[Artefact]) -> Recorded:
+    """One file of recorded results.
+
+    Raises:
+        ResultsError: it cannot be read, or is of no artefact that there is.
+    """
+    content = _load(path)
+    artefact = next((a for a in artefacts if a.name == content.get("artefact")), None)
+    try:
+        if artefact is None:
+            raise KeyError(f"no artefact is called {content.get('artefact')!r}")
+        kept = (content[key] for key in ("scale", "setting", "records", "seconds", "made_with"))
+        return Recorded(artefact, *kept)
+    except KeyError as error:
+        raise ResultsError(f"{path}: is not a file of recorded results ({error.args[0]})") from None
 
 
-def _note(one: Recorded, verdict: Verdict) -> str:
-    full = one.artefact.scales["full"]
-    differs = [
-        f"{key} {_short(one.setting.get(key))} (thesis: {_short(full.get(key))})"
-        for key in sorted({*one.setting, *full})
-        if _short(one.setting.get(key)) != _short(full.get(key))
-    ]
-    lines = [
-        f"## {one.artefact.name}",
-        f"{one.artefact.title} ({one.artefact.source}).",
-        "Setting: " + ("; ".join(differs) if differs else "the thesis'") + ".",
-    ]
-    if verdict.why:
-        lines.append(verdict.why)
-    made = one.made_with
-    lines.append(
-        f"{one.seconds:.0f} s on one CPU thread, torch {made.get('torch')}, catapult_opt {made.get('catapult_opt')}."
-    )
-    return "\n\n".join(lines)
+def as_text(value: Any) -> str:
+    """A setting's value in one line."""
+    return "none" if value is None else json.dumps(encode(value)).replace('"', "")
 
 
 def _save(path: Path, artefact: Artefact, scale: str, setting: Setting, records: list[Record]) -> None:
@@ -156,14 +132,8 @@ def _load(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = decode(json.loads(path.read_text(encoding="utf-8")))
         if not isinstance(content.get("setting"), dict):
             raise ValueError("no setting in it")
+    except FileNotFoundError:
+        raise ResultsError(f"{path}: no such file") from None
     except (ValueError, AttributeError) as error:
         raise ResultsError(f"{path}: is damaged ({error}); run the artefact again") from None
     return content
-
-
-def _short(value: Any) -> str:
-    return "none" if value is None else json.dumps(encode(value)).replace('"', "")
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

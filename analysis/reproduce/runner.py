@@ -20,7 +20,16 @@ from catapult_opt.runlog import encode
 from .artefact import Artefact, Case, Data, Record, Setting, Verdict
 from .store import Results
 
-__all__ = ["Reproduction", "UnknownArtefact", "command", "find", "judged", "reproduce", "setting_of"]
+__all__ = [
+    "Reproduction",
+    "UnknownArtefact",
+    "command",
+    "find",
+    "judged",
+    "reproduce",
+    "setting_of",
+    "without_curves",
+]
 
 
 class UnknownArtefact(LookupError):

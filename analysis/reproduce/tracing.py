@@ -21,11 +21,12 @@ from ..tasks import Split
 from .artefact import Data, Setting
 from .training import batches
 
-__all__ = ["SPIKE", "WIGGLE", "Trace", "episodes", "examples", "network", "rises", "share", "trace"]
+__all__ = ["DOUBLE", "SPIKE", "WIGGLE", "Trace", "episodes", "examples", "mean", "network", "rises", "share", "trace"]
 
 DIVERGED = 1e6  # times the first loss
 # The figures of SGD (4.5 to 4.7) also show spikes lower than `SPIKE`, the package's: a rise by a tenth, and back.
 WIGGLE = 1.1
+DOUBLE = 2.0
 
 
 @dataclass
@@ -183,3 +184,8 @@ def rises(losses: Sequence[float]) -> list[int]:
 def share(flags: Sequence[bool]) -> float:
     """Of the flags that are set; NaN where there are none."""
     return sum(flags) / len(flags) if flags else math.nan
+
+
+def mean(numbers: Sequence[float]) -> float:
+    """NaN where there are none."""
+    return sum(numbers) / len(numbers) if numbers else math.nan

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,11 +25,13 @@ __all__ = [
     "Families",
     "Family",
     "Measure",
+    "draw_panels",
     "generator",
     "outcome",
     "panel",
     "runs_by_size",
     "slope",
+    "width_cases",
     "width_study",
 ]
 
@@ -83,7 +85,7 @@ def width_study(
     setting: Setting,
     judge: Callable[[Families, Setting, list[Record]], Verdict] | None = None,
     draw: Callable[[list[Record], Figure], None] | None = None,
-    **texts: str,
+    **texts: Any,
 ) -> Artefact:
     """An artefact whose cases are families of networks at several sizes; every measure gets a network of its own.
 
@@ -204,6 +206,8 @@ def panel(ax: Axes, records: list[Record], key: str) -> None:
     """One measure against the width, mean and standard deviation over the seeds, with the slope of each family."""
     for i, family in enumerate(dict.fromkeys(r["case"]["family"] for r in records)):
         runs = [np.asarray(run) for run in runs_by_size(records, family, key).values()]
+        if not runs:  # measured on other families only
+            continue
         means = np.array([np.nanmean(run, axis=0) for run in runs])
         spread = np.array([np.nanstd(run[:, 1], ddof=1) if len(run) > 1 else 0.0 for run in runs])
         label = f"{family}: {slope(records, family, key).value:.2f}"

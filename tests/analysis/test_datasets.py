@@ -19,7 +19,7 @@ import scipy.io
 import torch
 
 from catapult_opt.analysis import datasets
-from catapult_opt.analysis.datasets import Data, DataError, DataSet, standardized, with_label_noise
+from catapult_opt.analysis.datasets import Data, DataError, DataSet, averaged, standardized, with_label_noise
 from catapult_opt.analysis.formats import bag_of_words, spectrogram
 from catapult_opt.analysis.tasks import Split
 
@@ -459,6 +459,14 @@ def test_splits_are_disjoint_and_decided_by_the_seed():
     assert not torch.equal(data.draw(20, seed=2)[0].inputs, a.inputs)
     with pytest.raises(DataError, match="61 examples are asked for, and there are 60"):
         data.draw(60, 1)
+
+
+def test_averaging_pixels():
+    images = torch.arange(16.0).reshape(1, 1, 4, 4)
+    found = averaged(Split(images, torch.ones(1, 1)), 2)
+    assert found.inputs.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    with pytest.raises(ValueError, match="size must divide the side of the images, 4, got 3"):
+        averaged(Split(images, torch.ones(1, 1)), 3)
 
 
 def test_standardized_by_the_training_split_alone():

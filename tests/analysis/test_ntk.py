@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from catapult_opt.analysis import ntk as module
-from catapult_opt.analysis.networks import cnn, mlp, ntk_mlp
+from catapult_opt.analysis.networks import cnn, mlp, ntk_mlp, wide_resnet
 from catapult_opt.analysis.ntk import (
     critical_rate,
     critical_rates,
@@ -52,6 +52,16 @@ class Shared(nn.Module):
         return self.layer(torch.tanh(self.layer(x))).sum(1)
 
 
+class Forgetful(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.other = nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x):
+        self.other(x)
+        return self.layer(x)
+
+
 def conv(k=1, norm=False):
     layers = [nn.Conv2d(2, 4, 3, padding=1), *([nn.BatchNorm2d(4)] if norm else []), nn.ReLU(), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(64, k))
@@ -63,6 +73,11 @@ CASES = {
     "three outputs": lambda: (ntk_mlp(6, 20, 2, 3, generator=seeded(1)), normal(5, 6)),
     "tanh": lambda: (nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 1)), normal(7, 6)),
     "cnn": lambda: (conv(), normal(5, 2, 4, 4)),
+    "ntk cnn with biases": lambda: (cnn(2, 4, 3, 4, 2, bias="hidden", generator=seeded(1)), normal(5, 2, 4, 4)),
+    "wide resnet": lambda: (wide_resnet(2, 2, widen=0.25, norm=False, generator=seeded(1)), normal(3, 2, 8, 8)),
+    "grouped convolution": lambda: (nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten()), normal(3, 2, 4, 4)),
+    "linear layer on tokens": lambda: (nn.Sequential(nn.Linear(6, 2), nn.Flatten()), normal(3, 4, 6)),
+    "a layer whose outputs are not used": lambda: (Forgetful(), normal(3, 6)),
     "cnn of two outputs": lambda: (conv(2), normal(5, 2, 4, 4)),
     "batch norm, train": lambda: (conv(norm=True), normal(5, 2, 4, 4)),
     "batch norm, eval": lambda: (conv(norm=True).eval(), normal(5, 2, 4, 4)),
@@ -99,14 +114,14 @@ def test_equals_the_explicit_jacobian_to_1e_10(case):
 
 
 @pytest.mark.parametrize("memory", [1, 800, 5000, 20_000])
-@pytest.mark.parametrize("case", ["cnn of two outputs", "batch norm, train", "attention"])
+@pytest.mark.parametrize("case", ["cnn of two outputs", "ntk cnn with biases", "batch norm, train", "attention"])
 def test_memory_does_not_change_the_result(case, memory):
     model, x = made(case)
     torch.testing.assert_close(ntk(model, x, memory=memory), ntk(model, x), rtol=1e-12, atol=1e-12)
 
 
 def test_rows_in_memory_are_bounded(monkeypatch):
-    model, x = made("cnn of two outputs")
+    model, x = made("batch norm, eval")
     sizes = []
     whole = module._Rows.__call__
 
@@ -116,8 +131,8 @@ def test_rows_in_memory_are_bounded(monkeypatch):
         return jacobian
 
     monkeypatch.setattr(module._Rows, "__call__", measured)
-    ntk(model, x, memory=8000)
-    assert max(sizes) <= 8000
+    ntk(model, x, memory=2000)
+    assert max(sizes) <= 2000
     assert len(sizes) > 3
 
 
@@ -264,6 +279,8 @@ def test_infinite_kernels_refuse_depths_without_a_network():
         infinite_fcn_ntk(torch.ones(1, 2), 0)
     with pytest.raises(ValueError, match="depth must be at least 2, got 1"):
         infinite_cnn_ntk(torch.ones(1, 1, 2, 2), 1)
+    with pytest.raises(ValueError, match="bias must be True, False, None or 'hidden', got 'first'"):
+        infinite_fcn_ntk(torch.ones(1, 2), 2, bias="first")
 
 
 def test_match_rate():
@@ -272,3 +289,5 @@ def test_match_rate():
     assert math.isnan(match_rate([3, 2, 1], [0.1, 0.1], 0.5))
     with pytest.raises(ValueError, match="losses must be one more than rates, got 2 and 2"):
         match_rate([1, 2], [1, 2], 1)
+    with pytest.raises(ValueError, match="lr must be one number or one for each of the 2 rates, got 3"):
+        match_rate([1, 2, 3], [1, 2], [1, 1, 1])

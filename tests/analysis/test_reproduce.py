@@ -10,7 +10,7 @@ import torch
 
 from catapult_opt.analysis import reproduce as package
 from catapult_opt.analysis.reproduce import command as commands
-from catapult_opt.analysis.reproduce import recorded, runner
+from catapult_opt.analysis.reproduce import recorded, results_page, runner
 from catapult_opt.analysis.reproduce.artefact import SCALES, Artefact, Verdict, mean_sd
 from catapult_opt.analysis.reproduce.store import Results, ResultsError
 from catapult_opt.cli import main
@@ -203,7 +203,7 @@ def test_the_recorded_results_of_the_repository_are_of_the_declared_settings_and
         declared = {**one.artefact.scales[one.scale], "seeds": one.setting["seeds"]}
         assert one.setting == json.loads(json.dumps(declared)), one.artefact.name
         assert [record["case"] for record in one.records] == one.artefact.cases(one.setting)
-    assert (folder / "RESULTS.md").read_text(encoding="utf-8") == recorded.markdown(found, package.ARTEFACTS)
+    assert (folder / "RESULTS.md").read_text(encoding="utf-8") == results_page.markdown(found, package.ARTEFACTS)
 
 
 # ---------------------------------------------------------------------------------------------------- the command line
@@ -276,12 +276,66 @@ def test_results_md_is_written_from_what_was_recorded(tmp_path, registry, capsys
     kept = json.loads((into / "results" / "fig-1.1.json").read_text())
     assert "long" not in str(kept)
     assert len(kept["records"]) == 3
-    assert "| They are below one half. | 0.1 |" in text
+    assert "- Claim: They are below one half." in text
+    assert "- Thesis: 0.1" in text
     assert "width 4 (thesis: 1)" in text
     assert "without recorded results: fig-1.2, fig-1.3" in text
+    assert max(len(line) for line in text.splitlines() if line.startswith("| [")) < 200  # one short line a row
     (into / "RESULTS.md").unlink()
     assert main(["reproduce", "--results", "--into", str(into)]) == 0
     assert (into / "RESULTS.md").read_text() == text
+
+
+def recorded_as(path, artefact, values, scale="recorded"):
+    """A file of recorded results, made up."""
+    setting = {**artefact.scales[scale], "seeds": len(values)}
+    records = [
+        {"case": case, "result": {"value": value}, "seconds": 1.0}
+        for case, value in zip(artefact.cases(setting), values, strict=True)
+    ]
+    content = {"artefact": artefact.name, "scale": scale, "setting": setting, "records": records, "seconds": 2.0}
+    path.write_text(json.dumps({**content, "made_with": {}}))
+    return path
+
+
+def test_a_verdict_that_is_not_holds_says_why_not(tmp_path):
+    low, high = [0.1, 0.2], [0.9, 0.8]
+    for declared, values, scale, cause in (
+        ("", low, "recorded", ""),
+        ("", high, "recorded", "size"),
+        ("", high, "full", "does not reproduce"),
+        ("setting", high, "full", "setting"),
+    ):
+        artefact = made_up(name="fig-4.1", cause=declared)
+        one = recorded.read_one(recorded_as(tmp_path / "one.json", artefact, values, scale), [artefact])
+        assert (one.verdict.outcome == "holds", one.cause) == (not cause, cause)
+        text = results_page.markdown([one], [artefact])
+        row = next(line for line in text.splitlines() if line.startswith("| ["))
+        assert row.endswith(f"| **{one.verdict.outcome}** | {cause} |")
+        heading = "stand" if not cause else "do not come out"
+        assert f"1 {heading}: [fig-4.1](#fig-41){f' ({cause})' if cause else ''}." in text
+
+
+def test_comparing_two_files(tmp_path, registry, capsys):
+    artefact, other = made_up(), made_up(name="fig-1.2")
+    registry(artefact, other)
+    a = recorded_as(tmp_path / "a.json", artefact, [0.1, 0.3])
+    b = recorded_as(tmp_path / "b.json", artefact, [0.9, 0.9, 0.9])
+    assert main(["reproduce", "--compare", str(a), str(b)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["verdict", "holds", "fails"] in rows
+    assert ["seeds", "2", "3"] in rows
+    assert ["value", "0.200", "±", "0.141", "0.900", "±", "0.000"] in rows
+    assert main(["reproduce", "--compare", str(a), str(a)]) == 0
+    assert "value" not in capsys.readouterr().out
+    c = recorded_as(tmp_path / "c.json", other, [0.1])
+    assert main(["reproduce", "--compare", str(a), str(c)]) == 2
+    assert "cannot compare fig-1.1 with fig-1.2" in capsys.readouterr().err
+    assert main(["reproduce", "--compare", str(a), str(tmp_path / "none.json")]) == 2
+    assert "none.json: no such file" in capsys.readouterr().err
+    (tmp_path / "odd.json").write_text('{"artefact": "fig-9.9", "setting": {}}')
+    assert main(["reproduce", "--compare", str(a), str(tmp_path / "odd.json")]) == 2
+    assert "no artefact is called 'fig-9.9'" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_is_not_recorded(tmp_path):

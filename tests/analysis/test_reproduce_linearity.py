@@ -98,9 +98,23 @@ def test_a_training_that_does_not_converge_is_not_passed_over():
      (-0.2, True, "fails"), (0.3, True, "fails")],
 )  # fmt: skip
 def test_figure_2_2_needs_the_slope_of_the_figure(exponent, converged, outcome):
-    families = {kernel_change._TO_FIRST: {"kernel_change": exponent}, kernel_change._TO_ALL: {"kernel_change": 0.3}}
+    laws = {"kernel_change": exponent, "hessian": -0.5}
+    families = {kernel_change._TO_FIRST: laws, kernel_change._TO_ALL: {"kernel_change": 0.3}}
     records = power_laws(families, converged=converged, least_in_degree=1500)
     assert judged("fig-2.2", records).outcome == outcome
+
+
+def test_figure_2_2_tells_the_bound_from_the_printed_slope():
+    families = {
+        kernel_change._TO_FIRST: {"kernel_change": -1.0, "hessian": -0.5},
+        kernel_change._TO_ALL: {"kernel_change": 0.3},
+    }
+    verdict = judged("fig-2.2", power_laws(families, converged=True, least_in_degree=1500))
+    assert "not: the printed slope" in verdict.why
+    assert "bound" not in verdict.why and "Hessian" not in verdict.why
+    families[kernel_change._TO_FIRST]["hessian"] = -1.0
+    flat = judged("fig-2.2", power_laws(families, converged=True, least_in_degree=1500))
+    assert "not: the Hessian's norm" in flat.why
 
 
 @pytest.mark.parametrize(
