@@ -20,7 +20,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from catapult_opt import CatapultLR, CatapultPolicy, CatapultSGD
 
 BASELINES = ("sgd", "adamw", "untuned")  # the kinds of contenders that do not depend on this package
-_DECIDING = ("policy", "controller", "observer", "schedule", "memory")  # modules that the rates and weights come from
+_DECIDING = (
+    "policy",
+    "controller",
+    "observer",
+    "repetition",
+    "schedule",
+    "memory",
+)  # modules that the rates and weights come from
 Build = Callable[[Setup], Driver]
 
 

@@ -167,7 +167,7 @@ class Catapult(Driver):
 
 def averaged(controller: Any) -> Any:
     """A context in which the controller's averaged weights and buffers are in place of the raw ones."""
-    return getattr(controller, "averaged", contextlib.nullcontext)()
+    return controller.averaged()
 
 
 class CDAT(Driver):

@@ -75,8 +75,8 @@ _TOP = 5  # eigenvectors for each output, as in the thesis
 _RESAMPLES = 1000
 BELOW = 0.8  # critical rates, at which the copies are trained on
 # Phases of the controller: a catapult is under way; its rate is the raised one.
-UNDER_WAY = ("hot", "cool", "spike", "back")
-HIGH = ("hot", "spike")
+UNDER_WAY = ("spike", "back")
+HIGH = ("spike",)
 Row = dict[str, Any]
 Weights = dict[str, Tensor]
 
