@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from catapult_opt import critical_lr
 from catapult_opt.catapults import is_super_critical
 from catapult_opt.checks import check_whole_number
-from catapult_opt.measure import trainable
+from catapult_opt.parameters import trainable
 from catapult_opt.replay import preserved
 
 from .infinite_width import infinite_cnn_ntk, infinite_fcn_ntk
