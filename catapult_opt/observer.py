@@ -58,6 +58,8 @@ class Observation:
     critical: CriticalLR | None
     # The vector to start the next measurement from; None where there is none.
     vector: Vector | None
+    # Was there a measurement that found no positive curvature?
+    flat: bool
     # Seconds spent measuring.
     seconds: float
     # Steps to average over: 1 where the batch is the same every step.
@@ -71,8 +73,10 @@ class Observation:
 
     @property
     def eta_crit(self) -> float | None:
-        """The critical rate to act on; None where nothing was measured."""
-        return None if self.critical is None else self.critical.eta_crit * self.minibatch_factor
+        """The critical rate to act on; infinite where there is no curvature, None where nothing was measured."""
+        if self.critical is None:
+            return math.inf if self.flat else None
+        return self.critical.eta_crit * self.minibatch_factor
 
 
 @dataclass
@@ -128,6 +132,7 @@ class Observer:
         self._state = _State(engine="" if options.engine == "auto" else options.engine)
         self._step_size = StepSize()
         self.last: CriticalLR | None = None
+        self._flat = False  # did the last measurement find no curvature?
         self._reported: set[str] = set()  # why measurements failed, of which the user was told
         self._moving: set[str] = set()  # names of the buffers that forward passes change
         trained = functools.partial(_trainable, self._optimizer)
@@ -230,6 +235,7 @@ class Observer:
             unread_loss=None if reading else unread,
             critical=found,
             vector=vector,
+            flat=self._flat and measuring,
             seconds=time.perf_counter() - begun if measuring else 0.0,
             window=1 if state.repeated else MINI_BATCH_WINDOW,
             squared_error=state.squared_error,
@@ -324,7 +330,9 @@ class Observer:
                 message = f"step {self.step + 1} could not be measured, the last critical rate is kept: {error}"
                 warnings.warn(message, MeasurementWarning, stacklevel=4)
             events.append(("measurement_failed", {"reason": str(error)}))
+            self._flat = isinstance(error, _NoCurvature)
             return None, None
+        self._flat = False
         state.measured = True
         eta_crit = update.critical(found.lambda_max)
         return CriticalLR(**{**vars(found), "eta_crit": eta_crit}), vector

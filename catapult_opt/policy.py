@@ -51,17 +51,21 @@ _GAIN, _HIGHER, _HIGHEST = 1.2, 4.0, 1000.0
 _PATIENCE, _PATIENT_WINDOWS = 100, 10
 # Without catapults, the rate comes down once it is above so many edges, and is halved when the loss rises.
 _TOO_NEAR, _CUT = 1.1, 0.5
-# A loss this many times as far above the level as a spike may go is undone. In a catapult, or so few steps after
-# another blow-up, it halves the rate, down to this part of the edge.
+# A loss so many times as far above the level as a spike may go is undone, and halves the rate, down to this part of
+# the edge, in a catapult or so few steps after another blow-up.
 _FATAL, _SOON, _BLAME, _BLAMELESS = 1000.0, 3, 0.5, 0.1
+# A catapult does not lower the curvature by this factor: units have died, and no rate would bring them back.
+_COLLAPSED = 1e4
 # What a measurement costs, in training steps; how many may be made ahead; their share where the batch repeats.
 _MEASUREMENT, _AHEAD, _SHARE_REPEATED = 5.0, 1, 0.15
 # The user is told of a rate that has been below this part of the edge for so many steps.
 _HELD, _HELD_STEPS = 0.1, 500
 
-# The logarithm of an edge is between these: its exponential is still a number.
+# The logarithm of an edge is at most so large: its exponential is still a number.
 _LARGEST_LOG = 690.0
-
+# Settings that are at most 1, and those that may be larger.
+_PARTS = ("measure_share", "start", "near", "reach", "below", "cooldown")
+_FACTORS = ("climb", "creep", "rise", "height")
 # Settings of earlier versions: what replaces them ("" where nothing does).
 _FORMER = {
     **{"kappa": "creep", "growth": "creep", "spike": "rise", "ceiling": "height", "cool": "below", "hot_steps": "hold"},
@@ -108,30 +112,17 @@ class CatapultPolicy:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in (
-            "measure_share",
-            "start",
-            "climb",
-            "near",
-            "creep",
-            "reach",
-            "rise",
-            "height",
-            "below",
-            "cooldown",
-        ):
-            most = math.inf if name in ("climb", "creep", "rise", "height") else 1.0
-            if not (_is_number(value := getattr(self, name)) and 0 < value <= most):
+        for name in (*_PARTS, *_FACTORS):
+            most = 1.0 if name in _PARTS else math.inf
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (number and math.isfinite(value) and 0 < value <= most):
                 limit = "" if math.isinf(most) else f" and at most {most:g}"
                 raise ValueError(f"{name} must be a finite number above 0{limit}, got {value!r}")
         for name in ("hold", "horizon", *(() if self.total_steps is None else ("total_steps",))):
             check_whole_number(name, getattr(self, name))
         if not (self.catapults is None or isinstance(self.catapults, bool)):
             raise ValueError(f"catapults must be True, False or None (for squared errors), got {self.catapults!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -238,9 +229,10 @@ class Catapulter:
         s = self._state
         catapults = squared_error if self.policy.catapults is None else self.policy.catapults
         s.since += 1
+        collapsed = eta_crit is not None and s.phase != "calm" and eta_crit > _COLLAPSED * self.eta_crit
         if eta_crit is not None:
             self._measure(eta_crit, step, window, catapults)
-        if not abs(loss) < _LARGEST_LOSS or self._lost(loss, window):
+        if collapsed or not abs(loss) < _LARGEST_LOSS or self._lost(loss, window):
             return self._undo(step, loss, window)
         s.losses += 1
         if s.losses == 1:
@@ -267,7 +259,7 @@ class Catapulter:
         untrained network is no guide to the next.
         """
         s = self._state
-        s.measured += step > 1
+        s.measured = min(s.measured + (step > 1), step // self._pace(window) + 1 + _AHEAD)  # debts are soon forgotten
         s.due = step + min(4 * s.since if s.phase == "back" else max(step, window), self._pace(window))
         if not 1 / _LARGEST_LOSS < eta_crit < _LARGEST_LOSS:  # no curvature, or nonsense: the last edge stays
             return
@@ -336,7 +328,7 @@ class Catapulter:
             self._enter("calm")
 
     def _lost(self, loss: float, window: int) -> bool:
-        """Is this loss beyond recovery: far above any spike, or given up above where the training began?
+        """Is this loss beyond recovery: far above any spike, or given up with half of what was learned lost?
 
         Weights that were just put back are not to blame: such is the loss of this batch, and losses begin anew.
         """
@@ -348,7 +340,10 @@ class Catapulter:
                 s.since = 0
                 return False
             return True
-        return s.phase == "back" and s.since > self._patience(window) and min(s.mean, loss) > s.first
+        if s.phase != "back" or s.since <= self._patience(window) or min(s.mean, loss) <= (s.first + s.level) / 2:
+            return False
+        s.losses = 0  # the old level may be out of reach: it is not waited for again
+        return True
 
     def _undo(self, step: int, loss: float, window: int) -> Decision:
         """Put the average back; the rate is halved if it may be to blame.

@@ -136,10 +136,13 @@ def test_a_small_rise_is_no_spike_where_the_losses_vary_as_much() -> None:
     assert run([*wiggling, *[1.2] * 20], window=20)[-1].phase == "spike"
 
 
-def test_a_catapult_that_does_not_come_back_is_given_up_and_training_goes_on_from_there() -> None:
-    decisions = run([*falling(100), *[0.9] * 130])
-    assert phases(decisions) == ["calm", "spike", "back", "calm"]
-    assert not any(d.restore for d in decisions)
+@pytest.mark.parametrize(("stays", "undone"), [(0.65, False), (0.95, True)])
+def test_a_catapult_that_does_not_come_back_is_given_up(stays: float, undone: bool) -> None:
+    """Training goes on from there, or, with half of what was learned lost, from the average; once."""
+    decisions = run([*falling(100), *[stays] * 400])
+    assert phases(decisions)[:4] == ["calm", "spike", "back", "calm"]
+    assert sum(d.restore for d in decisions) == undone
+    assert decisions[-1].phase == "calm"
 
 
 def test_one_that_ends_above_where_the_training_began_is_undone() -> None:
@@ -164,10 +167,24 @@ def test_a_spoiled_batch_among_calm_ones_is_not_the_rates_fault() -> None:
     assert after.rate == pytest.approx(1.02 * before.rate)
 
 
-def test_other_weights_put_in_below_the_edge_are_not_undone() -> None:
-    decisions = run([*falling(60), 1e8, 1e8], start=0.1, climb=0.001)
-    assert not any(d.restore for d in decisions)
-    assert decisions[-2].average == 1.0  # of the new weights
+def test_weights_that_somebody_put_in_are_not_undone() -> None:
+    for told in (True, False):
+        machine = Catapulter(CatapultPolicy(start=0.1, climb=0.001))
+        run(falling(60), machine=machine)
+        if told:
+            machine.begin_anew()
+        first, second = run([1e8, 1e8], machine=machine)
+        assert first.restore is not told
+        assert not second.restore  # what was put back is not to blame
+        assert (first.average if told else second.average) == 1.0
+
+
+def test_a_catapult_in_which_units_die_is_undone() -> None:
+    machine = Catapulter(CatapultPolicy(start=0.9, near=0.9, hold=3))
+    run(falling(30), machine=machine)
+    spike = run([5.0, 5.0], [None, math.inf], machine=machine)
+    assert [d.phase for d in spike] == ["spike", "calm"]
+    assert [d.restore for d in spike] == [False, True]
 
 
 def test_a_first_batch_without_curvature_makes_a_small_step_and_the_next_edge_counts() -> None:
