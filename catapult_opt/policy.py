@@ -1,9 +1,9 @@
 """When to go above the edge: the rule of the controller, in plain numbers (no torch).
 
-The edge is the critical rate eta_crit = 2 / lambda_max. With a squared error the rate creeps across it, stays
-while the loss rises (a catapult, which lowers the curvature and so raises the edge), and goes below it until the loss
-is back. With any other loss the rate stays just below the edge. The weights of calm steps enter an
-average, which never lies in a catapult: it is what should be evaluated, and what a blow-up is undone to.
+The edge is the critical rate eta_crit = 2 / lambda_max. With a squared error the rate creeps across it, stays while
+the loss rises (a catapult, which lowers the curvature and so raises the edge), and goes below it until the loss is
+back. With any other loss it stays just below the edge. The weights of calm steps enter an average, which never lies
+in a catapult: it is what should be evaluated, and what a blow-up is undone to.
 
 | phase | the rate | the average | left when |
 | --- | --- | --- | --- |
@@ -160,7 +160,7 @@ class _State(FieldsState):
 
 
 class Catapulter:
-    """The state machine that the module's docstring describes: one `update` a step.
+    """The state machine of the module's docstring: one `update` a step.
 
     Example:
         >>> machine = Catapulter(CatapultPolicy())
@@ -382,8 +382,7 @@ class Catapulter:
     def _measure_in(self, step: int, window: int) -> int:
         """Steps until the measurement that is due, or can be afforded; the second step is always measured."""
         s, pace = self._state, self._pace(window)
-        affordable = pace * (s.measured - _AHEAD)
-        return 1 if step == 1 else min(max(1, s.due - step, affordable - step), pace)
+        return 1 if step == 1 else min(max(1, s.due - step, pace * (s.measured - _AHEAD) - step), pace)
 
     def _pace(self, window: int) -> int:
         """Steps from one measurement to the next that the share allows."""
