@@ -13,7 +13,7 @@ Event = tuple[str, dict[str, Any]]
 # The thesis' epsilon in eta - eta_crit(X_batch) > epsilon (Sec. 4.4).
 _EPSILON = 1e-8
 # A loss above this multiple of the level it rose from is a spike; below it a wiggle.
-_SPIKE = 1.2
+SPIKE = 1.2
 # A curvature below this fraction of the first one measured has collapsed (dead ReLUs), not dropped.
 _COLLAPSED = 1e-6
 
@@ -168,7 +168,7 @@ class CatapultCounter:
         s = self._state
         if s.spiking:
             return self._spike()
-        if s.loss > above(s.low, _SPIKE):
+        if s.loss > above(s.low, SPIKE):
             s.spiking, s.peaked, s.peak = True, False, s.loss
             return [("catapult_started", {"loss": s.loss, "low": s.low})]
         # A rise counts from the lowest loss of the super-critical steps that led to it.

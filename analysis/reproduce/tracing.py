@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from catapult_opt.catapults import _SPIKE as SPIKE
+from catapult_opt.catapults import SPIKE as SPIKE
 from catapult_opt.catapults import above
 
 from .. import tasks
