@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +20,16 @@ from .curvature.output_hessian import OutputHessian
 from .distributed import ALONE, Group, local
 from .link import LossCall
 from .replay import preserved
-from .vectors import Vector, random_unit
+from .vectors import Vector, dot, norm, random_unit
 
 GRAM = "layerwise-gram"
+# Lengths of the gradient and of a random vector in a start vector, in that of the warm start.
+_GRADIENT, _RANDOM = 1.0, 1.0
+# A curvature below this part of the last one is believed once it was measured from a random vector too,
+_STEEP_FALL = 0.7
+# with at least so many products.
+_COLD_MATVECS = 10
+_OTHER_SEED = 1_000_003
 # Products further from symmetry than this are wrong, not rounded.
 _ASYMMETRY = 0.05
 # Rounding to bfloat16 inside the model leaves about 1 %; differences of its outputs are then off by 100 % and more.
@@ -67,21 +76,29 @@ def measure(
     calls: Sequence[LossCall],
     *,
     start: Vector | None = None,
+    gradient: Sequence[Tensor | None] | None = None,
+    before: float | None = None,
     step: StepSize | None = None,
     outputs: Callable[[Any], Any] | None = None,
     scale: Scale = None,
-    engine: str = "finite-difference",
+    engine: str = FINITE_DIFFERENCE,
     tol: float = 0.02,
     max_matvecs: int = 5,
     group: Group = ALONE,
 ) -> tuple[CriticalLR, Vector | None]:
     """Top curvature of captured loss calls at the present weights, and the vector to start the next one from (if any).
 
+    A warm start alone cannot leave an invariant subspace (the rows of an embedding that the last batch used, one member
+    of an ensemble): the gradient, which has a part in all of them, and a random vector are added to it.
+
     Args:
         model, criterion, params: as captured; params are those the curvature is taken over.
         calls: from `Capture.take` of an armed step.
-        start: warm-start vector, one tensor per parameter (None or all zeros: random); of the rank's own parts, as the
-            vector returned, where parameters are sharded.
+        start: warm-start vector, one tensor per parameter (None or all zeros: there is none); of the rank's own parts,
+            as the vector returned, where parameters are sharded.
+        gradient: of the loss, up to a factor; None: what `.grad` of the parameters holds, if anything.
+        before: lambda_max of the last measurement. With less than 0.7 of it (or nothing) found from a warm start, the
+            curvature is measured again from a random vector.
         step: finite-difference step, calibrated in place.
         outputs: with criterion None, picks the loss from the model's output.
         scale: relative rate of each parameter (over its preconditioner), see `operators`.
@@ -104,20 +121,17 @@ def measure(
         else:
             matrix_free = FINITE_DIFFERENCE if engine == GRAM else engine
             operator = GGN(model, params, calls, step or StepSize(), scale, matrix_free, group)
-        if start is None or not group.any(any(bool(x.any()) for x in start)):
-            start = random_unit([local(p) for p in params], group.seed, group.total)
-        else:
-            start = [x.to(local(p)) for x, p in zip(start, params, strict=True)]  # moved, or loaded from elsewhere
+        gradient = [p.grad for p in params] if gradient is None else gradient
+        solve = functools.partial(
+            top_eigenvalue, operator.matvec, tol=tol, semidefinite=operator.semidefinite, total=group.total
+        )
         try:
-            estimate = top_eigenvalue(
-                operator.matvec,
-                start,
-                tol=tol,
-                max_matvecs=max_matvecs,
-                semidefinite=operator.semidefinite,
-                total=group.total,
-                quadratic=operator.quadratic if isinstance(operator, GGN) else None,
-            )
+            estimate = solve(_start(params, start, gradient, scale, group), max_matvecs=max_matvecs)
+            if start is not None and estimate.value <= _STEEP_FALL * (before or 0.0):
+                random = random_unit([local(p) for p in params], group.seed + _OTHER_SEED, group.total)
+                again = solve(random, max_matvecs=max(max_matvecs, _COLD_MATVECS))
+                spent = estimate.matvecs + again.matvecs
+                estimate = dataclasses.replace(max(estimate, again, key=lambda e: e.value), matvecs=spent)
             if engine not in (FINITE_DIFFERENCE, GRAM) and estimate.asymmetry > _ASYMMETRY:
                 raise MeasurementError(
                     f"products with the {engine} engine are not symmetric ({estimate.asymmetry:.0%}): an operation of "
@@ -138,6 +152,30 @@ def measure(
             converged=estimate.converged,
         )
     return found, estimate.vector
+
+
+def _start(
+    params: Sequence[Tensor],
+    warm: Vector | None,
+    gradient: Sequence[Tensor | None],
+    scale: Scale,
+    group: Group,
+) -> Vector:
+    """The warm start, the gradient and a random vector in fixed proportions, as far as there are any."""
+    start = random_unit([local(p) for p in params], group.seed, group.total)
+    dense = [None if g is None or g.is_sparse else local(g) for g in gradient]
+    if scale is not None:
+        dense = [None if g is None else g * s**0.5 for g, s in zip(dense, scale, strict=True)]
+    for vector, length in ((dense, _GRADIENT / _RANDOM), (warm or [], 1.0 / _RANDOM)):
+        # Moved, where it was loaded from elsewhere.
+        pairs = [(x, v.to(x)) for x, v in zip(start, vector, strict=bool(vector)) if v is not None]
+        size = float(norm([v for _, v in pairs], group.total)) if pairs else 0.0
+        if size > 0 and math.isfinite(size):
+            overlap = dot([x for x, _ in pairs], [v for _, v in pairs])
+            overlap = overlap if group.total is None else group.total(overlap)
+            for x, v in pairs:  # with the sign that adds to what is there, so that a common part does not cancel
+                x.add_(v, alpha=math.copysign(length / size, float(overlap)))
+    return start
 
 
 def _result(

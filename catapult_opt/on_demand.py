@@ -80,7 +80,12 @@ def critical_lr(
     args, kwargs = _arguments(inputs)
     with preserved(model, loss_module, params):
         call = _call_once(model, loss_module, params, args, kwargs, targets, outputs)
-    settings: dict[str, Any] = {"outputs": outputs, "tol": tol, "max_matvecs": max_matvecs}
+    settings: dict[str, Any] = {
+        "gradient": [None] * len(params),
+        "outputs": outputs,
+        "tol": tol,
+        "max_matvecs": max_matvecs,
+    }
     if engine == "auto":
         try:
             return measure(model, loss_module, params, [call], engine="double-backward", **settings)[0]

@@ -49,10 +49,13 @@ def combine(vectors: Sequence[Vector], coefficients: Sequence[float]) -> Vector:
 
 
 def random_unit(like: Sequence[Tensor], seed: int = 0, total: Total | None = None) -> Vector:
-    """A unit vector of Gaussian direction from its own generator: the global random state is not touched."""
-    generator = torch.Generator().manual_seed(seed)
-    vector = [torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) for x in like]
-    return scaled(vector, 1.0 / float(norm(vector, total)))
+    """A unit vector of Gaussian direction from generators of its own: the global random state is not touched."""
+    generators = {device: torch.Generator(device).manual_seed(seed) for device in {x.device for x in like}}
+    vector = [torch.empty_like(x, requires_grad=False).normal_(generator=generators[x.device]) for x in like]
+    factor = 1.0 / float(norm(vector, total))
+    for x in vector:
+        x.mul_(factor)
+    return vector
 
 
 class Layout:
@@ -66,6 +69,19 @@ class Layout:
     def flat(self, vector: Sequence[Tensor]) -> Vector:
         """In memory of its own."""
         return [torch.cat([vector[i].reshape(-1) for i in places]) for places in self._places]
+
+    def taken(self, vector: Vector) -> Vector:
+        """In memory of its own, where the list is emptied on the way, so that no second copy is held."""
+        parts = dict(enumerate(vector))
+        vector.clear()
+        found = []
+        for places in self._places:
+            first = parts[places[0]]
+            found.append(torch.empty(sum(parts[i].numel() for i in places), dtype=first.dtype, device=first.device))
+            del first
+            for i, piece in zip(places, torch.split(found[-1], [parts[i].numel() for i in places]), strict=True):
+                piece.copy_(parts.pop(i).reshape(-1))
+        return found
 
     def parts(self, flat: Vector) -> Vector:
         """One tensor per parameter, sharing the memory of the flat ones."""

@@ -14,20 +14,21 @@ from ..vectors import Layout, Total, Vector, add_, combine, dots, norm
 
 Matrix = npt.NDArray[np.float64]
 
-# A Krylov basis of this size restarts from its Ritz vector and keeps the last remainder's direction, so that little is
-# lost: on the networks of benchmarks/models.py one that never restarts saves a twentieth of a cold start's products.
-_BASIS = 4
+# A basis that is full restarts from its Ritz vector. It may hold two vectors in any case (on the networks of
+# benchmarks/models.py this costs a tenth more products than a basis that never restarts, to 1 %), and up to eight where
+# they take no more than so many bytes.
+_SMALLEST_BASIS, _LARGEST_BASIS, _BASIS_BYTES = 2, 8, 2**28
+# From the first tol on the estimate may still be growing when it is taken; below the second two products must agree.
+_ROUGH, _FINE = 0.1, 1e-3
 # Ritz values below this fraction of the top one take no part in the improved estimate.
 _SAFE = 0.02
-# Less than this part of a product left outside of the basis is worth a second orthogonalisation, for its rounding.
+# A product of which less than this part is left outside of the basis is orthogonalised twice, for its rounding.
 _CANCELLED = 0.1
-# The error of a Ritz value is about residual^2 / gap: this times sqrt(tol) is safe down to gaps of a sixteenth.
-_RESIDUAL = 0.25
-# What a Ritz value has still to grow, by its last two steps, is to be below this part of tol where v.A v alone tells;
-# its growth shrinks by a factor of ten a step at best.
-_STILL, _FASTEST = 0.05, 0.1
-# For a tol from this on; a finer one is asked for to see the same value by whatever way.
-_ROUGH = 5e-3
+# The error of a Ritz value is about residual^2 / gap. It has to be below this part of tol (for a rough one the second),
+# as the eigenvalue sought may be one that the start has little of.
+_ERROR, _ROUGH_ERROR = 0.05, 0.2
+# Where the estimate has stopped growing too, a residual below this times sqrt(tol) is enough, whatever the gap.
+_RESIDUAL = 0.1
 
 
 @dataclass(frozen=True)
@@ -56,27 +57,29 @@ def top_eigenvalue(
     max_matvecs: int = 5,
     semidefinite: bool = True,
     total: Total | None = None,
-    quadratic: Callable[[Vector], float] | None = None,
+    memory: int = _BASIS_BYTES,
 ) -> EigenEstimate:
     """Estimate the largest (algebraic) eigenvalue of a symmetric operator.
 
     Rayleigh-Ritz on a Krylov basis V with products W = A V. For a semidefinite operator the top generalized eigenvalue
     of (W^T W, V^T W) is used, which is still a lower bound and worth half an iteration more than the Ritz value; after
-    one product it is |A v|^2 / v.A v. One vector a product is kept.
+    one product it is |A v|^2 / v.A v.
+
+    The basis holds two to eight vectors, the product one more; they are combined in place.
 
     Args:
-        matvec: v -> A v; one tensor per parameter in, the same out.
+        matvec: v -> A v; one tensor per parameter in, the same out. The list that it returns is emptied.
         start: start vector, any length but zero.
-        tol: relative accuracy asked for. Stop when the estimate grew by less than this fraction over the last product
-            and the residual is below sqrt(tol)/4 (its square over the gap to the next eigenvalue is the error), or,
-            for products with noise of their own, after three such products in a row; after the first product, when
-            the residual is below 5 tol. Below 1e-3 the growth has to stay small twice in a row.
+        tol: relative accuracy asked for. Stop when residual^2 over the gap to the next Ritz value is below tol / 20
+            (tol / 5 from 0.1 on); or when the last product changed the estimate by less than tol and the residual is
+            below sqrt(tol) / 10; or, for products with noise of their own, when three in a row changed it by less than
+            tol; or after the first product with a residual below tol. For tol below 0.1 the last product, and below
+            1e-3 the last two, must have changed it by less than tol. No residual says that an eigenvalue is the
+            largest: the start has to have a part along its eigenvector.
         max_matvecs: cap on the number of products, >= 1.
         semidefinite: False for an operator with negative eigenvalues (a full Hessian).
         total: where each process holds a part of every vector, the sum of inner products over the processes.
-        quadratic: v -> v.A v, where that takes a part of a product (and spares the product with the same v that
-            follows as much). With the vector that the last product left over it gives the Ritz value of one dimension
-            more: where this shows that a twentieth of tol is left to gain, the rest of the product is not needed.
+        memory: bytes that the basis may take, on each process; two vectors are kept in any case.
 
     Raises:
         FloatingPointError: a product was not finite.
@@ -90,49 +93,34 @@ def top_eigenvalue(
     """
     layout, krylov = Layout(start), _Krylov(total)
     vector = _unit(layout.flat(start), total)
-    ritz: _Ritz | None = None
-    thetas, calm, done = [0.0], 0, 0
+    del start  # its memory is needed, where nobody else holds it
+    size = min(_LARGEST_BASIS, max(_SMALLEST_BASIS, memory // sum(x.numel() * x.element_size() for x in vector)))
+    value, calm, done = 0.0, 0, 0
     while True:
-        parts = layout.parts(vector)
-        if quadratic and tol >= _ROUGH and ritz and done > 1 and ritz.residual <= math.sqrt(tol):
-            theta, coefficients = krylov.bordered(quadratic(parts))
-            if _still_to_grow([*thetas, theta]) < _STILL * tol:
-                found = combine([*krylov.basis, vector], coefficients)
-                value, asymmetry = max(theta, ritz.value), krylov.asymmetry / theta
-                return EigenEstimate(value, layout.parts(found), ritz.residual, done, True, asymmetry)
-        krylov.append(vector, layout.flat(matvec(parts)))
+        krylov.append(vector, layout.taken(matvec(layout.parts(vector))))
         done += 1
-        previous, ritz = ritz.value if ritz else 0.0, krylov.ritz(semidefinite)
-        thetas.append(ritz.theta)
-        growth = abs(ritz.value - previous) / max(abs(ritz.value), 1e-300)
+        ritz = krylov.ritz(semidefinite)
+        growth = abs(ritz.value - value) / max(abs(ritz.value), 1e-300)
+        value = ritz.value
         calm = calm + 1 if done > 1 and growth < tol else 0
-        first = done == 1 and ritz.residual <= 5 * tol
-        exact = ritz.residual <= tol**2 or ritz.value == 0.0
-        converged = first or exact or calm >= _calm_products(tol, ritz.residual)
-        if not (converged or done >= max_matvecs):
-            vector = krylov.extend(ritz)
-            if not vector:  # the basis spans an invariant subspace: nothing is left to find from this start
-                converged, ritz = True, krylov.ritz(semidefinite)
+        small = ritz.error <= (_ERROR if tol < _ROUGH else _ROUGH_ERROR) * tol
+        settled = calm > 0 and ritz.residual <= _RESIDUAL * math.sqrt(tol)
+        close = (small or settled) and done > 1 and calm >= (tol < _FINE) + (tol < _ROUGH)
+        # Without a rest the basis spans an invariant subspace: nothing is left to find from this start.
+        converged = (
+            close
+            or calm >= 3
+            or ritz.residual <= tol**2
+            or not krylov.rest
+            or (done == 1 and tol >= _FINE and ritz.residual <= tol)
+        )
         if converged or done >= max_matvecs:
             asymmetry = krylov.asymmetry / abs(ritz.theta) if ritz.theta else 0.0
-            found = krylov.ritz_vector(ritz)
-            return EigenEstimate(ritz.value, layout.parts(found), ritz.residual, done, converged, asymmetry)
-
-
-def _still_to_grow(thetas: list[float]) -> float:
-    """What is left to the limit of a sequence whose steps shrink by a constant factor, relative to its last value."""
-    before, last = thetas[-2] - thetas[-3], max(thetas[-1] - thetas[-2], 0.0)
-    if not before > 0:
-        return math.inf
-    factor = min(max(last / before, _FASTEST), 0.95)
-    return last * factor / (1 - factor) / thetas[-1]
-
-
-def _calm_products(tol: float, residual: float) -> int:
-    """How many products in a row have to change little: few eigenvalues fool a small residual, many a large one."""
-    if residual > _RESIDUAL * math.sqrt(tol):
-        return 3
-    return 1 if tol >= 1e-3 else 2
+            found = krylov.reduced_to(ritz)
+            return EigenEstimate(value, layout.parts(found), ritz.residual, done, converged, asymmetry)
+        if done > 1 and len(krylov.basis) == size:
+            krylov.reduced_to(ritz)
+        vector = krylov.rest
 
 
 @dataclass(frozen=True)
@@ -208,6 +196,8 @@ class _Ritz:
     coefficients: Matrix
     # |A v - theta v| / theta.
     residual: float
+    # The estimated error of theta, relative to it: residual^2 over the gap to the next Ritz value.
+    error: float
 
 
 class _Krylov:
@@ -223,6 +213,7 @@ class _Krylov:
         self.rest: Vector = []  # unit vector, what the last product adds to the basis; [] if nothing
         self.hessenberg: Matrix = np.zeros((1, 0))
         self.asymmetry = 0.0
+        self._second = -math.inf  # the highest second Ritz value so far: a lower bound on the second eigenvalue
 
     @property
     def vw(self) -> Matrix:
@@ -253,14 +244,20 @@ class _Krylov:
     def ritz(self, semidefinite: bool) -> _Ritz:
         thetas, vectors = np.linalg.eigh(self.vw)
         theta, c = float(thetas[-1]), vectors[:, -1]
-        residual = self._residual(theta, c) / abs(theta) if theta else 0.0
+        if theta == 0:
+            return _Ritz(0.0, 0.0, c, 0.0, 0.0)
+        residual = self._residual(theta, c) / abs(theta)
+        if len(thetas) > 1:
+            self._second = max(self._second, float(thetas[-2]))
+        gap = max(theta - self._second, 0.0) / abs(theta)
+        error = residual**2 / max(min(gap, 1.0), residual, 1e-300)
         value = theta
         if semidefinite and theta > 0:
             # Dividing by v.A v is safe only where that is clear of the products' own error.
             safe = vectors[:, thetas > _SAFE * theta] / np.sqrt(thetas[thetas > _SAFE * theta])
             harmonic = np.linalg.eigvalsh(safe.T @ self.ww @ safe)
             value = min(max(theta, float(harmonic[-1])), theta * (1 + residual))
-        return _Ritz(value, theta, c, residual)
+        return _Ritz(value, theta, c, residual, error)
 
     def pairs(self, k: int) -> list[tuple[float, Matrix, float]]:
         """Ritz values, coefficients of the Ritz vectors, and residuals relative to the largest; largest first."""
@@ -273,27 +270,19 @@ class _Krylov:
         """|A v - theta v| for the unit vector v = V c."""
         return float(np.linalg.norm(self.hessenberg @ c - theta * np.append(c, 0.0)))
 
-    def ritz_vector(self, ritz: _Ritz) -> Vector:
-        return combine(self.basis, [float(c) for c in ritz.coefficients])
+    def reduced_to(self, ritz: _Ritz) -> Vector:
+        """Let the basis hold the Ritz vector alone, in the memory of its first vector; returns it.
 
-    def bordered(self, quotient: float) -> tuple[float, list[float]]:
-        """Top Ritz value and coefficients of the basis and `rest`, of which v.A v is given."""
-        n = len(self.basis)
-        matrix = np.zeros((n + 1, n + 1))
-        matrix[:n, :n], matrix[n, n] = self.vw, quotient
-        matrix[n, :n] = matrix[:n, n] = self.hessenberg[n]
-        thetas, vectors = np.linalg.eigh(matrix)
-        return float(thetas[-1]), [float(c) for c in vectors[:, -1]]
-
-    def extend(self, ritz: _Ritz) -> Vector:
-        """The next basis vector, [] if there is none; a full basis restarts from its Ritz vector."""
-        if self.rest and len(self.basis) == _BASIS:
-            top, image = self.ritz_vector(ritz), [float(x) for x in self.hessenberg @ ritz.coefficients]
-            product = self.basis.pop()  # A v in the memory of one that goes
-            add_(_scale(product, image[_BASIS - 1]), [*self.basis, self.rest], image[: _BASIS - 1] + image[_BASIS:])
-            self.basis, self.rest, self.hessenberg = [], [], np.zeros((1, 0))
-            self.append(top, product)
-        return self.rest
+        Its residual is along `rest`, which therefore goes on as the next vector of the basis.
+        """
+        c = [float(x) for x in ritz.coefficients]
+        first = _scale(self.basis[0], c[0])
+        add_(first, self.basis[1:], c[1:])
+        self.basis = [_unit(first, self._total)]
+        self.hessenberg = np.array([[ritz.theta], [float(self.hessenberg[-1] @ ritz.coefficients)]])
+        if self.rest:  # from one restart to the next rounding would grow
+            _, self.rest = _split(self.rest, self.basis, self._total)
+        return first
 
 
 def _split(left: Vector, basis: list[Vector], total: Total | None) -> tuple[Matrix, Vector]:

@@ -83,40 +83,18 @@ class GGN(_JacobianOperator):
     Only inside `preserved`.
     """
 
-    _begun: tuple[Vector, list[Tensor], Pulled] | None = None  # a product of which only v.G v was asked so far
-
     @functools.cached_property
     def hessians(self) -> list[OutputHessian]:
         """H_out of every loss call; built once, at the weights of the step."""
         return [output_hessian(call) for call in self._calls]
 
-    def quadratic(self, v: Vector) -> float:
-        """v.G v = sum of t.H_out t with t = J v: the forward pass of a product.
-
-        `matvec` of the very same v then goes on from there; not where there are several loss calls, whose graphs would
-        all have to be kept.
-        """
-        value = 0.0
-        for outputs, cotangents, tangents in self._terms(v):
-            self._begun = (v, outputs, cotangents) if len(self._calls) == 1 else None
-            pairs = [(s.double(), t.double()) for s, t in zip(cotangents, tangents, strict=True) if s is not None]
-            value += float(dot(*zip(*pairs, strict=True))) if pairs else 0.0
-        return self._group.sum(value) / self._group.size
-
     def matvec(self, v: Vector) -> Vector:
         """G v."""
-        begun, self._begun = self._begun, None
-        if begun is not None and begun[0] is v:
-            return self._product(pull_back(*begun[1:], self._params, self._group))
         total: Pulled = []
-        for outputs, cotangents, _ in self._terms(v):
+        for call, hessian, (outputs, tangents) in zip(self._calls, self.hessians, self._linearize(v), strict=True):
+            cotangents = _through_loss(call, hessian, tangents)
             total = add_pulled(total, pull_back(outputs, cotangents, self._params, self._group))
         return self._product(total)
-
-    def _terms(self, v: Vector) -> Iterator[tuple[list[Tensor], Pulled, list[Tensor]]]:
-        """For every loss call the outputs with their graph, H_out J v there, and J v."""
-        for call, hessian, (outputs, tangents) in zip(self._calls, self.hessians, self._linearize(v), strict=True):
-            yield outputs, _through_loss(call, hessian, tangents), tangents
 
 
 class NTK(_JacobianOperator):
