@@ -308,6 +308,7 @@ class Observer:
                 self.params,
                 calls,
                 start=start,
+                before=None if self.last is None else self.last.lambda_max,
                 step=self._step_size,
                 outputs=self._options.outputs,
                 scale=update.scale,
