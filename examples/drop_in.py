@@ -2,7 +2,7 @@
 
 Full-batch training on the thesis' rank-2 task f*(x) = x1 x2 (2000 noisy samples in 100 dimensions; two-layer ReLU net
 of width 1024, no biases) from the same weights. SGD and Adam get the best of a grid of constant rates, chosen by the
-test loss on this very task; CatapultSGD is given none. See what an untuned rate does with --sgd-lr 3 (half the critical
+test loss on this very task; CatapultSGD is given none, and evaluated by its averaged weights. See what an untuned rate does with --sgd-lr 3 (half the critical
 rate) or --adam-lr 0.03.
 
     python examples/drop_in.py                 # about a minute
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -91,10 +92,16 @@ def train(name: str, setting: Setting, seed: int, log: Path, tick: Callable[[str
         loss.backward()
         optimizer.step()
         if step % EVALUATE_EVERY == 0:
-            metrics = evaluate(model, criterion, task)
+            with averaged(optimizer):
+                metrics = evaluate(model, criterion, task)
             recorder.log_metrics(**metrics)
             tick(f"train {loss.item():8.2e}  test {metrics['test_loss']:.3f}  AGOP {metrics['agop_alignment']:.3f}")
     recorder.detach()
+
+
+def averaged(optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+    """What CatapultSGD is to be evaluated by: the mean of the weights of calm steps."""
+    return optimizer.averaged() if isinstance(optimizer, CatapultSGD) else nullcontext()
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def main() -> None:
     axes[0, 1].set_title("CatapultSGD: one after the other, then settling")
     axes[0, 0].set_ylabel("training loss")
     axes[1, 0].set_ylabel("rate")
-    axes[1, 1].legend(loc="lower left", frameon=False)
+    axes[1, 1].legend(loc="upper left", frameon=False)
     axes[1, 0].set_yticks([5, 10, 20, 30], ["5", "10", "20", "30"])
     axes[1, 0].yaxis.set_minor_formatter(NullFormatter())
     note = {"ha": "center", "fontsize": 9, "textcoords": "offset points"}

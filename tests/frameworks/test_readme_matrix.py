@@ -1,4 +1,4 @@
-"""Promise: every test that the README's matrix of frameworks and features names exists."""
+"""Promise: every test that the documentation's matrix of frameworks and features names exists."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FRAMEWORKS, FEATURES_OF_THE_MATRIX = 5, 9
 
 
 def rows() -> list[list[str]]:
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "docs" / "howto" / "frameworks.md").read_text(encoding="utf-8").splitlines()
     start = lines.index("| | PyTorch loop | Lightning | Lightning, manual | HF Trainer | Accelerate |")
     table = []
     for line in lines[start + 2 :]:
