@@ -21,7 +21,7 @@ from catapult_opt import CatapultPolicy, critical_lr
 
 STEPS = 4
 N = 24
-ALIKE = CatapultPolicy()
+MOVING = CatapultPolicy(start=0.5)  # far enough in a few steps for the critical rate to change
 
 
 class Run(Training):
@@ -31,7 +31,7 @@ class Run(Training):
         x, y = noise(N, 4, 3, dtype=torch.float64)
         y = y.argmax(1) if isinstance(criterion, nn.CrossEntropyLoss) else y
         model = net(4, 8, 3).double() if model is None else model
-        super().__init__("CatapultSGD", model, (x, y), criterion=criterion, policy=ALIKE, every=1, **settings)
+        super().__init__("CatapultSGD", model, (x, y), criterion=criterion, policy=MOVING, every=1, **settings)
 
     def seen(self) -> Any:
         return self.weights(), self.watch.last.eta_crit, self.rates()[0], self.watch.phase

@@ -385,7 +385,7 @@ def test_a_batch_with_a_nan_at_the_first_step() -> None:
 
 
 def test_a_batch_with_a_nan_later_is_undone() -> None:
-    """Not an error, as a divergence is not: the weights go back to the snapshot instead of to NaN."""
+    """Not an error, as a divergence is not: the weights go back to their average instead of to NaN."""
     world = World("CatapultSGD", net(3, 4, 2), momentum=0.9)
     first = world.weights()
     world.step()

@@ -25,6 +25,7 @@ from torch.optim import SGD
 from training import DRIVING, FACES, QUICK, Training, net
 
 from catapult_opt import (
+    CatapultPolicy,
     MeasurementError,
     MeasurementWarning,
     critical_lr,
@@ -185,8 +186,8 @@ def test_a_spoiled_batch_leaves_no_trace_in_weights_and_statistics(face: str, va
 
 
 @driving_face
-def test_statistics_of_batchnorm_come_back_with_the_snapshot_also_after_a_resume(face: str) -> None:
-    """Oracle: the run not interrupted. The snapshot was taken before the checkpoint, the NaN comes after it."""
+def test_statistics_of_batchnorm_come_back_with_the_average_also_after_a_resume(face: str) -> None:
+    """Oracle: the run not interrupted. The average was begun before the checkpoint, the NaN comes after it."""
     whole, first = make(face), make(face)
     torch.manual_seed(1)
     whole.steps(4)
@@ -260,19 +261,25 @@ def test_log_probabilities_hide_the_curvature_of_the_softmax() -> None:
 
 
 @every_face
-def test_a_first_batch_without_curvature_is_said_once_and_the_training_goes_on(face: str) -> None:
-    """Dead units, which a bias that comes back to life mends: small steps until there is a curvature to measure."""
-    dead = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 1, bias=False))
+def test_a_dead_network_is_told_of_once_and_moves_little_until_it_lives(face: str) -> None:
+    dead = net(5, 4, 1, activation=nn.ReLU)
     nn.init.constant_(dead[0].bias, -100.0)
-    training = make(face, model=dead, every=1)
-    with pytest.warns(MeasurementWarning, match=r"no positive curvature.*dead") as caught:
-        training.steps(3)
-    assert len(caught) == 1
+    dead[2].bias.requires_grad_(False)  # it alone would have curvature
+    training = make(face, model=dead, every=1, **({"policy": CatapultPolicy()} if face in DRIVING else {}))
+    before = training.weights()
+    with pytest.warns(MeasurementWarning, match=r"no positive curvature.*dead") as told:
+        training.steps(4)
+    assert sum(issubclass(w.category, MeasurementWarning) for w in told) == 1
     assert training.watch.measured_steps == 0
+    assert torch.equal(training.weights(), before), "no gradient"
+    small = training.rates() if face in DRIVING else []
+    assert all(0 < rate < 0.01 for rate in small)
     with torch.no_grad():
         dead[0].bias.zero_()
-    training.steps(3)
-    assert training.watch.measured_steps == 3
+    loss = training.steps(20)[0]
+    assert training.watch.measured_steps == 20
+    assert training.loss().item() < loss
+    assert all(now > 10 * then for now, then in zip(training.rates() if small else [], small, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ failed measurements
