@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor import DTensor
 from training import FACES, Base, connect
 
-import catapult_opt.monitor as monitor_module
+import catapult_opt.observer as observer_module
 from catapult_opt import CatapultMonitor, CatapultSGD, critical_lr, read_log
 
 STEPS = 6
@@ -137,7 +137,7 @@ def everything(rank: int, folder: str) -> dict[str, Any]:
     ours: dict[str, Any] = {}
     for kind in FACES:
         ours[kind] = train(kind, rank, ranks, sharded(nested()), every=1, log=Path(folder) / f"{kind}.jsonl")
-    monitor_module._COLD_TOL, monitor_module._COLD_MATVECS = 1e-8, 80
+    observer_module._COLD_TOL, observer_module._COLD_MATVECS = 1e-8, 80
     ours["exact"] = once(sharded(nested()), rank, ranks, GGN, direct)
     ours["replicated by DDP"] = once(nn.parallel.DistributedDataParallel(nested()), rank, ranks, GGN, direct)
     ours["scaled outputs"] = once(sharded(nested()), rank, ranks, GGN, scaled_outputs)
@@ -290,6 +290,6 @@ def test_replicated_and_sharded_on_four() -> None:
 
 
 def both(rank: int) -> list[float]:
-    monitor_module._COLD_TOL, monitor_module._COLD_MATVECS = 1e-8, 80
+    observer_module._COLD_TOL, observer_module._COLD_MATVECS = 1e-8, 80
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     return [once(sharded(nested(), **s), rank, 4, GGN, direct) for s in ({"mesh": mesh}, {})]
