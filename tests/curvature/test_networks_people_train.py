@@ -281,7 +281,7 @@ def test_checkpointed_as_a_whole(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dropout", "transformer", "lstm", "spectral_norm"])
 def test_optimizer_in_the_loop(name: str) -> None:
-    """CatapultSGD measures what the monitor measures; a first step is at the critical rate, where the policy says so."""
+    """CatapultSGD measures what the monitor measures; a first step is there, where the policy says so."""
     build, batch = NETWORKS[name]
     model, twin, criterion = make(build), make(build), CE()
     policy = CatapultPolicy(start=1.0, near=1.0, creep=1e-9, catapults=True)
