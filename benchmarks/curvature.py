@@ -57,7 +57,7 @@ OVERHEAD = 0.05  # share of the time that measuring may take
 ETA_ERROR = 0.05  # median error of eta_crit in a training with defaults
 SPEED_UP = 3.0  # over the fastest package,
 FAMILIES_AHEAD = 4  # on so many families
-COPIES = 1.0  # extra memory, in copies of the parameters; one more for the snapshot
+COPIES = 1.0  # extra memory, in copies of the parameters; one more for the average
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,7 @@ class Sample:
 
 
 def compare_memory(family: Family, result: Result) -> None:
-    """Allocated bytes by torch's profiler: SGD, SGD watched by a monitor (no snapshot), CatapultSGD (with snapshot)."""
+    """Allocated bytes by torch's profiler: SGD, SGD watched by a monitor (no average), CatapultSGD (with average)."""
 
     def watched(family: Family) -> Trainer:
         trainer = plain(family)
@@ -342,7 +342,7 @@ def compare_memory(family: Family, result: Result) -> None:
         return trainer
 
     base_held, base_peak = _allocated(family, plain)
-    for side, build in (("without snapshot", watched), ("with snapshot", catapult)):
+    for side, build in (("without average", watched), ("with average", catapult)):
         held, peak = _allocated(family, build)
         size = 4.0 * result.parameters
         result.held[side], result.peak[side] = (held - base_held) / size, (peak - base_peak) / size
@@ -460,7 +460,7 @@ def _rows(peers: list[Peer]) -> Iterator[tuple[str, Cell]]:
     yield "median error of eta_crit", lambda r: _error(r.training_errors)
     yield "largest error of eta_crit", lambda r: f"{max(map(abs, r.training_errors), default=float('nan')):.1%}"
     yield "Extra memory, in copies of the parameters", None
-    for side in ("without snapshot", "with snapshot"):
+    for side in ("without average", "with average"):
         yield f"held, {side}", lambda r, side=side: f"{r.held[side]:.2f}"
         yield f"peak, {side}", lambda r, side=side: f"{r.peak[side]:.2f}"
 
@@ -483,10 +483,10 @@ def verdicts(results: list[Result], peers: list[Peer]) -> Iterator[str]:
         yield line(f"{name} (asked: {FAMILIES_AHEAD})", ahead, min(FAMILIES_AHEAD, len(results)))
     for kind, at in (("held", "held between steps"), ("peak", "at the peak of a step")):
         ok = [
-            getattr(r, kind)["without snapshot"] <= COPIES + 0.01 and getattr(r, kind)["with snapshot"] <= COPIES + 1.01
+            getattr(r, kind)["without average"] <= COPIES + 0.01 and getattr(r, kind)["with average"] <= COPIES + 1.01
             for r in results
         ]
-        yield line(f"extra memory {at} at most a copy of the parameters, with snapshot two", ok)
+        yield line(f"extra memory {at} at most a copy of the parameters, with average two", ok)
 
 
 def _measured(result: Result) -> int:

@@ -32,8 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from catapult_opt import CatapultLR, CatapultMonitor
-from catapult_opt.monitor import _MINI_BATCH_SMOOTHING, Budget, measurement_cost
-from catapult_opt.policy import Catapulter, CatapultPolicy
+from catapult_opt.observer import MINI_BATCH_WINDOW
+from catapult_opt.policy import _MEASUREMENT, Catapulter, CatapultPolicy
 
 RANKS, STEPS = 2, 8
 FEW = 64  # numbers: latency, not volume
@@ -240,7 +240,7 @@ def worked_out(sharded: Counted) -> Table:
         "curvature product: exchanged per GPU": f"{per_product / 1e9:.0f} GB, {per_product / BYTES_PER_SECOND:.1f} s",
         f"measurement of {sharded.products} products": f"{measurement:.0f} s, {measurement / step:.1f} steps",
         "  of that, waiting for a few numbers": f"{latency * 1e3:.1f} ms",
-        "  by the policy's own count": f"{measurement_cost(sharded.products):.1f} steps",
+        "  by the policy's own count": f"{_MEASUREMENT:.1f} steps",
         "memory per GPU: weights, float32": f"{shard:.2f} GB",
         "memory per GPU: kept between measurements": f"{sharded.left * shard:.2f} GB",
         "memory per GPU: at most in a measurement": f"{sharded.most * shard:.1f} GB",
@@ -249,48 +249,41 @@ def worked_out(sharded: Counted) -> Table:
     return table
 
 
-def simulated(steps: int, squared_error: bool, products: int) -> tuple[int, int, float]:
-    """Measurements, restores and counted share: the policy with its budget, on a loss that falls by itself.
+def simulated(steps: int, squared_error: bool) -> tuple[int, int]:
+    """Measurements and restores of the policy over so many steps, on a loss that falls by itself.
 
     Above the edge the loss grows as on the quadratic and the curvature falls by a twentieth a step, below it the
     curvature rises slowly (progressive sharpening); batches scatter the loss by 3 % and the curvature by 14 %.
     """
-    policy, dice = CatapultPolicy(total_steps=steps), random.Random(0)
-    machine, budget = Catapulter(policy), Budget(policy.measure_share)
+    machine, dice = Catapulter(CatapultPolicy(total_steps=steps)), random.Random(0)
     log_lam, spike, due, measurements, restores = 0.0, 0.0, 1, 0, 0
     for step in range(1, steps + 1):
         base = 3.0 * step**-0.1
         loss = (base + spike) * math.exp(dice.gauss(0, 0.03))
-        measured = step == 1 or (step >= due and budget.allows(step))
+        measured = step >= due
         eta_crit = 2 / math.exp(log_lam + dice.gauss(0, 0.14)) if measured else None
         decision = machine.update(
-            step=step, loss=loss, eta_crit=eta_crit, smoothing=_MINI_BATCH_SMOOTHING, squared_error=squared_error
+            step=step, loss=loss, eta_crit=eta_crit, window=MINI_BATCH_WINDOW, squared_error=squared_error
         )
-        budget.alarm = decision.alarm
         above = decision.rate * math.exp(log_lam) / 2
         spike = min(max(spike, 1e-3) * min((2 * above - 1) ** 2, 4.0) if above > 1 else spike * 0.7, 1e9)
         log_lam += -0.05 if above > 1 else 2.0 / steps
         restores += decision.restore
         spike = 0.0 if decision.restore else spike
-        if measured:
-            measurements += 1
-            budget.spent += measurement_cost(products) if step > 1 else 0.0
-            due = step + decision.measure_in
-        else:
-            due = min(due, step + decision.measure_in)
-    return measurements, restores, budget.spent / steps
+        measurements += measured
+        due = step + decision.measure_in
+    return measurements, restores
 
 
 def cadence(products: int, steps: int = 100_000) -> Table:
     table = Table(title=f"The policy over {steps:,} steps, simulated", title_justify="left", box=box.MARKDOWN)
-    for column in ("loss", "measured steps", "one in", "restores", "share counted", "share at the seconds above"):
+    for column in ("loss", "measured steps", "one in", "restores", "share at the seconds above"):
         table.add_column(column, justify="right" if column != "loss" else "left")
-    real = (products + 1 / 3) * BF16_FLOPS / TF32_FLOPS / measurement_cost(products)
-    for name, squared in (("cross-entropy (follows)", False), ("squared error (catapults)", True)):
-        measured, restores, share = simulated(steps, squared, products)
-        table.add_row(
-            name, str(measured), f"{steps / measured:.0f}", str(restores), f"{share:.2%}", f"{share * real:.2%}"
-        )
+    cost = (products + 1 / 3) * BF16_FLOPS / TF32_FLOPS
+    for name, squared in (("cross-entropy (below the edge)", False), ("squared error (catapults)", True)):
+        measured, restores = simulated(steps, squared)
+        share = measured * cost / steps
+        table.add_row(name, str(measured), f"{steps / measured:.0f}", str(restores), f"{share:.2%}")
     return table
 
 

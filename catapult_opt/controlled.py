@@ -120,10 +120,11 @@ class ControlledOptimizer(Face, Optimizer):
             RuntimeError: there is no model.
 
         Example:
+            >>> from catapult_opt import CatapultSGD
             >>> model = nn.Linear(2, 1)
             >>> optimizer = CatapultSGD(model.parameters(), model=model, criterion=nn.MSELoss())
             >>> with optimizer.averaged():
-            ...     outputs = model(torch.eye(2))
+            ...     outputs = model(Tensor([[1.0, 2.0]]))
         """
         with self._attached().averaged():
             yield

@@ -45,6 +45,7 @@ class CatapultMonitor(StepHook):
         ValueError, TypeError: an argument is not usable; says which and why.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> criterion = torch.nn.MSELoss()

@@ -60,8 +60,8 @@ class CatapultSGD(ControlledOptimizer):
         >>> optimizer = CatapultSGD(model.parameters(), model=model, criterion=criterion)
         >>> criterion(model(torch.eye(2)), torch.zeros(2, 1)).backward()
         >>> optimizer.step()
-        >>> round(optimizer.param_groups[0]["effective_lr"], 2)  # 0.4 * eta_crit = 0.4 * 2 / 3
-        0.27
+        >>> round(optimizer.last.eta_crit, 3)  # 2 / lambda_max
+        0.667
     """
 
     def __init__(

@@ -56,8 +56,8 @@ class CatapultLR(StepHook):
         >>> controller = CatapultLR(optimizer, model=model, criterion=criterion)
         >>> criterion(model(torch.eye(2)), torch.zeros(2, 1)).backward()
         >>> optimizer.step()
-        >>> round(optimizer.param_groups[0]["effective_lr"], 3)  # 0.4 * eta_crit = 0.4 * 2 (1 - 0.9) / 3
-        0.027
+        >>> round(controller.last.eta_crit, 2)  # 2 (1 + momentum) / lambda_max
+        1.27
     """
 
     def __init__(
