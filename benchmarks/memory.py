@@ -2,8 +2,8 @@
 
 Each configuration runs in a process of its own: plain SGD, CatapultMonitor measuring every step, and CatapultSGD at its
 defaults, three steps on an MLP of 25 and of 100 million parameters. On the CPU the peak is that of the resident size;
-on CUDA, where there is one, that of the allocator. Printed is the difference to plain SGD over the size of the weights in
-their own precision.
+on CUDA, where there is one, that of the allocator. Printed is the difference to plain SGD over the size of the weights,
+in their precision.
 """
 
 from __future__ import annotations
