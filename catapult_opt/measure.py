@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .criterion import LossModule
-from .curvature.eigensolver import top_eigenvalue
+from .curvature.eigensolver import EigenEstimate, top_eigenvalue
 from .curvature.engines import FINITE_DIFFERENCE, Scale, StepSize
 from .curvature.gram import LARGEST_BATCH, NotLayerwise, gram_lambda_max
 from .curvature.operators import GGN, LossHessian, adjoint_error, other_masks, reproduces
@@ -122,14 +122,25 @@ def measure(
             matrix_free = FINITE_DIFFERENCE if engine == GRAM else engine
             operator = GGN(model, params, calls, step or StepSize(), scale, matrix_free, group)
         gradient = [p.grad for p in params] if gradient is None else gradient
-        solve = functools.partial(
-            top_eigenvalue, operator.matvec, tol=tol, semidefinite=operator.semidefinite, total=group.total
-        )
+
+        def solve(make_start: Callable[[], Vector], most: int) -> EigenEstimate:
+            # Nobody else holds the start vector: its memory is free again once the solver has its own.
+            return top_eigenvalue(
+                operator.matvec,
+                make_start(),
+                tol=tol,
+                max_matvecs=most,
+                semidefinite=operator.semidefinite,
+                total=group.total,
+            )
+
+        def random() -> Vector:
+            return random_unit([local(p) for p in params], group.seed + _OTHER_SEED, group.total)
+
         try:
-            estimate = solve(_start(params, start, gradient, scale, group), max_matvecs=max_matvecs)
+            estimate = solve(functools.partial(_start, params, start, gradient, scale, group), max_matvecs)
             if start is not None and estimate.value <= _STEEP_FALL * (before or 0.0):
-                random = random_unit([local(p) for p in params], group.seed + _OTHER_SEED, group.total)
-                again = solve(random, max_matvecs=max(max_matvecs, _COLD_MATVECS))
+                again = solve(random, max(max_matvecs, _COLD_MATVECS))
                 spent = estimate.matvecs + again.matvecs
                 estimate = dataclasses.replace(max(estimate, again, key=lambda e: e.value), matvecs=spent)
             if engine not in (FINITE_DIFFERENCE, GRAM) and estimate.asymmetry > _ASYMMETRY:

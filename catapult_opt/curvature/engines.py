@@ -110,7 +110,7 @@ class FiniteDifference:
         for i, (call, bases) in enumerate(zip(self._calls, self._bases, strict=True)):
             if i > 0:
                 outputs = outputs_of(self._model, call)
-            yield outputs, [(o.detach() - b) / eps for o, b in zip(outputs, bases, strict=True)]
+            yield outputs, [(o.detach() - b).div_(eps) for o, b in zip(outputs, bases, strict=True)]
 
     def _moved(self, v: Vector) -> tuple[float, list[Tensor]]:
         """A step eps, and the first loss call's outputs at w + eps v, such that they move by about the target.

@@ -232,7 +232,8 @@ def adjoint_error(
     if length == 0:
         return 0.0
     linearize = ENGINES[engine](model, mover, [call], StepSize())
-    for _, tangents in linearize(scaled(pulled, 1.0 / length)):
+    direction, pulled = scaled(pulled, 1.0 / length), []
+    for _, tangents in linearize(direction):
         pushed = group.common(float(dot(u, tangents)))
     return abs(pushed / length - 1.0)
 
