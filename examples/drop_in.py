@@ -2,8 +2,8 @@
 
 Full-batch training on the thesis' rank-2 task f*(x) = x1 x2 (2000 noisy samples in 100 dimensions; two-layer ReLU net
 of width 1024, no biases) from the same weights. SGD and Adam get the best of a grid of constant rates, chosen by the
-test loss on this very task; CatapultSGD is given none, and evaluated by its averaged weights. See what an untuned rate does with --sgd-lr 3 (half the critical
-rate) or --adam-lr 0.03.
+test loss on this very task; CatapultSGD is given none, and is evaluated by its averaged weights. See what an untuned
+rate does with --sgd-lr 3 (half the critical rate) or --adam-lr 0.03.
 
     python examples/drop_in.py                 # about a minute
     python examples/drop_in.py --quick         # under 30 seconds: smaller net and task, so other numbers

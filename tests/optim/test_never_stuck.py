@@ -237,3 +237,26 @@ def test_a_rate_held_down_for_long_is_told_once() -> None:
     told = [w for w in caught if "of the critical one" in str(w.message)]
     assert len(told) <= 1
     assert training.finite()
+
+
+@every_driver
+def test_a_training_that_diverges_is_brought_back(face: str) -> None:
+    """At a rate that doubles every step, and a height of spikes that allows all of it."""
+    policy = CatapultPolicy(start=1.0, near=1.0, creep=1.0, height=1e6)
+    training = training_of(face, batches=1, policy=policy)
+    losses = [training.step() for _ in range(80)]
+    assert max(losses) > 1e3 * losses[0], "it diverged"
+    assert training.finite() and min(losses[-20:]) < losses[0]
+
+
+@every_driver
+def test_inputs_that_grow_in_the_middle_bring_the_rate_down(face: str) -> None:
+    """Four times as large, they make the curvature sixteen times as high."""
+    training = training_of(face, batches=1, model=nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 1)))
+    x, y = training.batch
+    for _ in range(60):
+        training.step()
+    before = training.rates()[0]
+    losses = [training.step(4 * x, y) for _ in range(300)]
+    assert training.finite() and min(losses[-50:]) < losses[0]
+    assert training.rates()[0] < before
