@@ -188,10 +188,11 @@ def test_trains_under_torch_optimizers(make):
 def test_trains_under_catapult_sgd_above_the_critical_rate():
     f_quad, x, y = QuadraticModel(ntk_mlp(6, 256, 2)), torch.randn(20, 6), torch.randn(20, 1)
     criterion = nn.MSELoss()
-    policy = CatapultPolicy(total_steps=100)  # else the last step may lie within a catapult
+    # From the edge on, and to rest at the end: else the last step may lie within a catapult.
+    policy = CatapultPolicy(start=1.0, near=1.0, creep=0.1, total_steps=200)
     optimizer = CatapultSGD(f_quad.parameters(), model=f_quad, criterion=criterion, policy=policy)
     losses = []
-    for _ in range(100):
+    for _ in range(200):
         optimizer.zero_grad()
         loss = criterion(f_quad(x), y)
         loss.backward()

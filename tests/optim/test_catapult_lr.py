@@ -35,7 +35,7 @@ def adam(lr: float) -> Base:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_on_sgd_it_is_catapult_sgd_to_the_bit(momentum: float) -> None:
-    settings = {"policy": CatapultPolicy(start=0.5, climb=0.5, creep=0.05, hold=3, height=2.0), "every": 1}
+    settings = {"policy": CatapultPolicy(start=1.0, near=1.0, climb=0.5, hold=5), "every": 1}
     one = train(sgd(0.3, momentum=momentum), **settings)
     other = train(None, "CatapultSGD", momentum=momentum, **settings)
     for _ in range(120):

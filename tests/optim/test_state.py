@@ -42,7 +42,12 @@ UNDOING = replace(WARY, creep=0.5, height=1e-3)
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "full-batch": {"policy": POLICY},
     "restoring": {"policy": UNDOING},
-    "momentum": {"policy": WARY, "momentum": 0.9, "weight_decay": 1e-3},
+    "momentum": {
+        "policy": replace(WARY, start=1.0, near=1.0, creep=0.3),
+        "every": 2,
+        "momentum": 0.9,
+        "weight_decay": 1e-3,
+    },
     "every-3": {"policy": POLICY, "every": 3},
     "mini-batch": {"policy": replace(WARY, creep=0.5), "batches": 4, "momentum": 0.5, "nesterov": True},
     "two-groups": {"policy": POLICY, "groups": True},
