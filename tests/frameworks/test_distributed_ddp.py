@@ -46,9 +46,17 @@ def train(kind: str, rank: int, ranks: int, model: nn.Module, **settings: Any) -
         "rates": rates,
         "ntk": watch.last.ntk_lambda_max,
         "weights": [p.detach().clone() for p in model.parameters()],
+        "averaged": averaged_of(kind, watch, model),
         "super_critical": watch.super_critical_steps,
         "state": optimizer.state_dict()["param_groups"][0].get("catapult_state"),
     }
+
+
+def averaged_of(kind: str, watch: Any, model: nn.Module) -> list[Tensor]:
+    if kind == "CatapultMonitor":
+        return []
+    with watch.averaged():
+        return [p.detach().clone() for p in model.parameters()]
 
 
 def everything(rank: int, folder: str) -> dict[str, Any]:
@@ -242,6 +250,7 @@ def test_ranks_agree_to_the_bit(ranks: list[dict[str, Any]], kind: str) -> None:
     a, b = ranks[0][kind], ranks[1][kind]
     assert a["eta_crit"] == b["eta_crit"] and a["rates"] == b["rates"] and a["state"] == b["state"]
     assert all(torch.equal(p, q) for p, q in zip(a["weights"], b["weights"], strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(a["averaged"], b["averaged"], strict=True))
 
 
 @pytest.mark.parametrize("kind", FACES)
@@ -251,6 +260,8 @@ def test_ranks_measure_what_one_process_does(ranks: list[dict[str, Any]], kind: 
     assert together["eta_crit"] == pytest.approx(one["eta_crit"], rel=1e-4)
     assert together["rates"] == pytest.approx(one["rates"], rel=1e-4)
     assert together["super_critical"] == one["super_critical"]
+    for p, q in zip(together["averaged"], one["averaged"], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
     if kind != "CatapultLR":
         assert together["ntk"] == pytest.approx(one["ntk"], rel=1e-4)
 

@@ -5,6 +5,7 @@ Oracle: one process with the whole weights and the whole batch, in float64. One 
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ranks import batch, network, part, run
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from training import FACES, Base, connect
+from training import DRIVING, FACES, Base, connect
 
 import catapult_opt.observer as observer_module
 from catapult_opt import CatapultMonitor, CatapultSGD, critical_lr, read_log
@@ -77,11 +78,18 @@ def train(kind: str, rank: int, ranks: int, model: nn.Module, **settings: Any) -
         schedule.step()
         found.append(watch.last.eta_crit)
         rates.append(optimizer.param_groups[1].get("effective_lr", 0.0))
+    weights = full(model.parameters())
+    with contextlib.nullcontext() if kind == "CatapultMonitor" else watch.averaged():
+        averaged = full(model.parameters())
+        inside = model(x).detach()  # by the weights that the forward pass gathers
     return {
+        "averaged": averaged,
+        "seen": not torch.equal(inside, model(x).detach()),
+        "back": all(map(torch.equal, full(model.parameters()), weights)),
         "eta_crit": found,
         "rates": rates,
         "engine": watch.last is not None and watch.engine,
-        "weights": full(model.parameters()),
+        "weights": weights,
         "placements": [str(getattr(optimizer.state[p].get("catapult_vector"), "placements", "")) for p in last],
     }
 
@@ -216,6 +224,16 @@ def test_ranks_agree_to_the_bit(ranks: list[dict[str, Any]], kind: str) -> None:
     a, b = ranks[0][kind], ranks[1][kind]
     assert a["eta_crit"] == b["eta_crit"] and a["rates"] == b["rates"]
     assert all(torch.equal(p, q) for p, q in zip(a["weights"], b["weights"], strict=True))
+
+
+@pytest.mark.parametrize("kind", DRIVING)
+def test_averaged_weights_are_those_of_one_process_and_go_again(ranks: list[dict[str, Any]], kind: str) -> None:
+    """Not to rounding: the random start vectors differ."""
+    alone = train(kind, 0, 1, nested(), every=1, engine="finite-difference")
+    for rank in ranks:
+        assert rank[kind]["back"] and rank[kind]["seen"]
+        for p, q in zip(rank[kind]["averaged"], alone["averaged"], strict=True):
+            torch.testing.assert_close(p, q, rtol=0.02, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", FACES)
