@@ -96,7 +96,8 @@ def measure(
         calls: from `Capture.take` of an armed step.
         start: warm-start vector, one tensor per parameter (None or all zeros: there is none); of the rank's own parts,
             as the vector returned, where parameters are sharded.
-        gradient: of the loss, up to a factor; None: what `.grad` of the parameters holds, if anything.
+        gradient: of the loss, up to a factor; None: what `.grad` of the parameters holds, if anything, but
+            for a first measurement.
         before: lambda_max of the last measurement. With less than 0.7 of it (or nothing) found from a warm start, the
             curvature is measured again from a random vector.
         step: finite-difference step, calibrated in place.
@@ -121,7 +122,10 @@ def measure(
         else:
             matrix_free = FINITE_DIFFERENCE if engine == GRAM else engine
             operator = GGN(model, params, calls, step or StepSize(), scale, matrix_free, group)
-        gradient = [p.grad for p in params] if gradient is None else gradient
+        if gradient is None:
+            # Not in a first start: it may lie nearly along one eigenvector that is not the top one, and no residual
+            # tells that the random part has still to grow.
+            gradient = [None if before is None else p.grad for p in params]
 
         def solve(make_start: Callable[[], Vector], most: int) -> EigenEstimate:
             # Nobody else holds the start vector: its memory is free again once the solver has its own.

