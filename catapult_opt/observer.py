@@ -97,6 +97,8 @@ class _State(FieldsState):
     # Was there any measurement yet? Did the last one find that the loss is a squared error?
     measured: bool = field_of(False)
     squared_error: bool = field_of(False)
+    # The curvature that it found; 0 before there is one.
+    lambda_max: float = field_of(0.0, least=0.0)
 
 
 class Observer:
@@ -204,7 +206,7 @@ class Observer:
         Raises:
             RuntimeError: nothing was captured; says what to do.
         """
-        calls, unread, reading = self._taken(need_loss)
+        calls, unread, reading = self._captured(need_loss)
         loss = read(unread) if reading else None
         state = self._state
         if not state.measured and loss is not None and not math.isfinite(loss):
@@ -227,7 +229,7 @@ class Observer:
             state.batch_size = batch_size
             state.repeated, state.batch, state.batch_step = seen_again
             if found is not None:
-                self.last, state.squared_error = found, found.squared_error
+                self.last, state.squared_error, state.lambda_max = found, found.squared_error, found.lambda_max
         state.step += 1
         return Observation(
             step=state.step,
@@ -267,7 +269,7 @@ class Observer:
         assert isinstance(state, _State)
         self._state, self._step_size.relative = state, state.step_size
 
-    def _taken(self, need_loss: bool) -> tuple[list[LossCall], Tensor, bool]:
+    def _captured(self, need_loss: bool) -> tuple[list[LossCall], Tensor, bool]:
         """The step's calls of this process, the loss of all, and whether that is to be read."""
         capture, group = self._capture, self.group
         if self.step == 0 and group.size == 1:  # torch.distributed may have been set up since
@@ -308,7 +310,7 @@ class Observer:
                 self.params,
                 calls,
                 start=start,
-                before=None if self.last is None else self.last.lambda_max,
+                before=state.lambda_max or None,
                 step=self._step_size,
                 outputs=self._options.outputs,
                 scale=update.scale,

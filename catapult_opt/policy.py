@@ -232,7 +232,7 @@ class Catapulter:
         collapsed = eta_crit is not None and s.phase != "calm" and eta_crit > _COLLAPSED * self.eta_crit
         if eta_crit is not None:
             self._measure(eta_crit, step, window, catapults)
-        if collapsed or not abs(loss) < _LARGEST_LOSS or self._lost(loss, window):
+        if collapsed or not abs(loss) < _LARGEST_LOSS or self._beyond_recovery(loss, window):
             return self._undo(step, loss, window)
         s.losses += 1
         if s.losses == 1:
@@ -327,7 +327,7 @@ class Catapulter:
             s.rate, s.level = self.rate, s.mean
             self._enter("calm")
 
-    def _lost(self, loss: float, window: int) -> bool:
+    def _beyond_recovery(self, loss: float, window: int) -> bool:
         """Is this loss beyond recovery: far above any spike, or given up with half of what was learned lost?
 
         Weights that were just put back are not to blame: such is the loss of this batch, and losses begin anew.
