@@ -18,7 +18,7 @@ class NTKLinear(nn.Module):
     """A linear layer in NTK parameterisation: ``x -> x W^T / sqrt(in_features) + b``.
 
     Every entry of ``weight`` (out_features, in_features) is drawn from N(0, 1): the scale that other parameterisations
-    put into the initial weights stands in the forward pass, so it also scales the gradient, and the critical learning
+    put into the initial weights is in the forward pass, so it also scales the gradient, and the critical learning
     rate does not vanish as the layer is widened. ``bias`` (out_features,) is absent by default and starts at zero where
     asked for: Appendix C.6 writes ``+ b`` but draws only the *weights* from N(0, 1), and the numbers of Table 4.1
     come out without biases.

@@ -207,7 +207,7 @@ def _by_rows(rows: _Rows, params: Sequence[Tensor], memory: float) -> Tensor:
     kernel = params[0].new_zeros(n * k, n * k)
     for group in _groups(params, n * k, memory):
         per_sample = k * sum(p.numel() * p.element_size() for p in group)
-        # Two blocks stand in memory at once, unless one holds everything.
+        # Two blocks are in memory at once, unless one holds everything.
         size = n if n * per_sample <= memory else max(1, int(memory / 2 / per_sample))
         blocks = [range(start, min(start + size, n)) for start in range(0, n, size)]
         for i, block in enumerate(blocks):

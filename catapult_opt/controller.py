@@ -69,7 +69,7 @@ class Controller:
         self.recorder = Recorder(face, observer, options, {"policy": asdict(policy), **settings}, copies=2)
         self.schedule = MeasurementSchedule(options, observer.group)
         self.memory = Memory(state)
-        self.policy, self._machine = policy, Catapulter(policy)
+        self._machine = Catapulter(policy)
         # Did the user load other weights since the last step? A checkpoint's weights come with a state of ours.
         self._reloaded, self._steps = False, 0
         self._handle = observer.model.register_load_state_dict_post_hook(_OnLoad(self))  # type: ignore[no-untyped-call]
@@ -97,6 +97,7 @@ class Controller:
         self.schedule.clock.start()
         seen = observer.observe(start, update, read=self.recorder.read, begin=self.recorder.begin, need_loss=True)
         assert seen.loss is not None
+        memory.prepare(params)
         if self._reloaded:  # what was there before is never to come back
             machine.begin_anew()
             memory.average(params, observer.buffers(), 1.0)
@@ -108,7 +109,6 @@ class Controller:
             window=seen.window,
             squared_error=seen.squared_error,
         )
-        memory.prepare(params)
         if seen.vector is not None:
             memory.remember(params, seen.vector)
         memory.average(params, observer.buffers(), decision.average)

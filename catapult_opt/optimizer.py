@@ -23,7 +23,7 @@ class CatapultSGD(ControlledOptimizer):
 
     A drop-in for `torch.optim.SGD` that needs no learning rate: hooks on `model` and `criterion` see the batches, at
     `step()` the top eigenvalue of their curvature gives the critical rate of this very update, and the policy decides
-    how far above or below it to go. The rate applied stands in `group["effective_lr"]`.
+    how far above or below it to go. The rate applied is stored in `group["effective_lr"]`.
 
     On an accelerator one number is read from it a step, the loss: a catapult may be under way at any time.
 

@@ -32,7 +32,7 @@ class CatapultLR(StepHook):
     """Drives the rate of a torch optimizer: above the critical one of its own update, so that the loss catapults.
 
     The optimizer keeps its name, its state and its place in the loop; nothing has to be called. For the time of each
-    step its groups' `lr` is replaced by the controller's rate, which stands in `group["effective_lr"]`. The `lr` given
+    step its groups' `lr` is replaced by the controller's rate, which is in `group["effective_lr"]`. The `lr` given
     to the optimizer sets no scale: only the proportions among groups count, and what a scheduler makes of it since.
 
     Args:

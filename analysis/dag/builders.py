@@ -33,7 +33,7 @@ def densenet(sizes: Sequence[int], *, dense_input: bool = True) -> DAG:
     """A DenseNet (Eq. A.5, A.6): every neuron takes all neurons of all earlier layers.
 
     With `dense_input=False` the inputs feed the first layer only, so that in-degrees grow in proportion to the hidden
-    layers; as the equations have it, they stand in every in-degree and a net with many inputs is wide from the start.
+    layers; as the equations have it, they count in every in-degree and a net with many inputs is wide from the start.
 
     Raises:
         ValueError: as for `fcn`.

@@ -44,7 +44,7 @@ def _task(setting: Setting, name: str, seed: int, data: Data) -> tuple[tasks.Reg
 
 
 def _of_task(setting: Setting, name: str) -> Setting:
-    """The setting, with what stands in it under the task's name."""
+    """The setting, with what it holds under the task's name."""
     return {**setting, **setting.get(name, {})}
 
 
