@@ -45,7 +45,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from scipy.stats import rankdata
+from scipy.stats import bootstrap, rankdata
 from tasks import TASKS, Problem, Task, check, criterion, draw
 from torch import Tensor, nn
 
@@ -243,11 +243,10 @@ def interval(units: Sequence[Sequence[Row]], statistic: Callable[[list[Row]], fl
     """95 % percentile bootstrap interval, drawing from the units with replacement; nan for too few of them."""
     if len(units) < 4:
         return math.nan, math.nan
-    rng = np.random.default_rng(0)
-    found = [
-        statistic([row for i in rng.integers(len(units), size=len(units)) for row in units[i]])
-        for _ in range(_RESAMPLES)
-    ]
+    found = bootstrap(
+        (np.arange(len(units)),), lambda drawn: statistic([row for i in drawn for row in units[i]]),
+        vectorized=False, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0),
+    ).bootstrap_distribution  # fmt: skip
     low, high = np.nanquantile(found, [0.025, 0.975]) if np.isfinite(found).any() else (math.nan, math.nan)
     return float(low), float(high)
 

@@ -12,9 +12,11 @@ Event = tuple[str, dict[str, Any]]
 
 # The thesis' epsilon in eta - eta_crit(X_batch) > epsilon (Sec. 4.4).
 _EPSILON = 1e-8
-# A loss above this multiple of the level it rose from is a spike; below it a wiggle.
+# A loss above this multiple of the level it rose from is a spike; below it a wiggle. What is counted is the thesis' own
+# spike, by a fixed factor; the policy, which has to act before that, judges a rise by the spread of the losses.
 SPIKE = 1.2
-# A curvature below this fraction of the first one measured has collapsed (dead ReLUs), not dropped.
+# A curvature below this fraction of the first one measured has collapsed (dead ReLUs), not dropped, for good. (The policy
+# undoes a fall by 1e4 within one catapult, which no rate would bring back.)
 _COLLAPSED = 1e-6
 
 
