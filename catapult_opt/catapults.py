@@ -15,8 +15,8 @@ _EPSILON = 1e-8
 # A loss above this multiple of the level it rose from is a spike; below it a wiggle. What is counted is the thesis' own
 # spike, by a fixed factor; the policy, which has to act before that, judges a rise by the spread of the losses.
 SPIKE = 1.2
-# A curvature below this fraction of the first one measured has collapsed (dead ReLUs), not dropped, for good. (The policy
-# undoes a fall by 1e4 within one catapult, which no rate would bring back.)
+# A curvature below this fraction of the first one measured has collapsed (dead ReLUs), not dropped. The policy undoes a
+# fall by 1e4 within one catapult already.
 _COLLAPSED = 1e-6
 
 
