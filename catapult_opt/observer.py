@@ -222,7 +222,7 @@ class Observer:
             batch_size = int(self.group.sum(sum(sizes))) or None
         begin(state.step, batch_size)
         if measuring:
-            seen_again = _repetition(calls, self.group, state)
+            seen_again, self._flat = _repetition(calls, self.group, state), False
             if (loss is not None and math.isfinite(loss)) or cold:
                 found, vector = self._measure(calls, start, update, events)
             self._moving = _moved_by(calls, self.model)
@@ -247,6 +247,8 @@ class Observer:
 
     def buffers(self) -> dict[str, Tensor]:
         """The model's buffers that forward passes change, such as BatchNorm's running statistics, by name."""
+        if not self._moving:  # asked for in every step: most networks have none
+            return {}
         return {name: b for name, b in self.model.named_buffers() if name in self._moving}
 
     def expect_moving(self, names: Iterable[str]) -> None:
@@ -335,7 +337,6 @@ class Observer:
             events.append(("measurement_failed", {"reason": str(error)}))
             self._flat = isinstance(error, _NoCurvature)
             return None, None
-        self._flat = False
         state.measured = True
         eta_crit = update.critical(found.lambda_max)
         return CriticalLR(**{**vars(found), "eta_crit": eta_crit}), vector
